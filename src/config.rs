@@ -1,0 +1,263 @@
+//! The checked configuration: what the rest of the program is built from.
+//!
+//! [`load`] turns a file into a [`Config`] or into *every* problem it has, each with its place. Nothing here
+//! knows the file's spelling (`raw`), and nothing outside knows TOML.
+
+mod check;
+mod raw;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::message::{Lane, Qos, Topic};
+use crate::point::PointId;
+use crate::policy::deadband::Deadband;
+use crate::source::modbus::Space;
+use crate::source::modbus::register::Encoding;
+use crate::uplink::packet::Protocol;
+
+pub use check::{Problem, Problems};
+
+/// Everything the agent needs to know.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// `[gateway]`
+    pub gateway: Gateway,
+    /// `[broker]`
+    pub broker: Broker,
+    /// `[store]`
+    pub store: Store,
+    /// `[control]`
+    pub control: Control,
+    /// `[[modbus]]`
+    pub modbus: Vec<ModbusLine>,
+    /// Every point of every unit of every line, in the order of the file: [`crate::point::PointIndex`] counts here.
+    pub points: Vec<Point>,
+}
+
+/// Who we are.
+#[derive(Debug, Clone)]
+pub struct Gateway {
+    /// The gateway's name in topics and payloads. One topic level: no `/`, `+`, `#`, no leading `$`.
+    pub id: String,
+    /// Topic prefix of everything that is not a value: presence, health, unit states, gap records.
+    /// Default `fieldpost/{gateway}`, rendered.
+    pub base_topic: Topic,
+    /// How often a health message is published. Default 5 min, 10 s to 1 d.
+    pub health_interval: Duration,
+    /// How long a planned stop may take before what is left is left in the database. Default 5 s.
+    pub drain_timeout: Duration,
+}
+
+/// Where messages go.
+#[derive(Debug, Clone)]
+pub struct Broker {
+    /// Host name or address, without brackets.
+    pub host: String,
+    /// Port. Default 1883, or 8883 with TLS.
+    pub port: u16,
+    /// `Some` for `mqtts://`.
+    pub tls: Option<Tls>,
+    /// 3.1.1 or 5. Default 5.
+    pub protocol: Protocol,
+    /// Client Identifier. Default: the gateway's id.
+    pub client_id: String,
+    /// User name.
+    pub username: Option<String>,
+    /// File that holds the password; a trailing line break is not part of it. Read at every connect.
+    pub password_file: Option<PathBuf>,
+    /// Keep Alive. Default 30 s, 5 s to 18 h, 0 not allowed.
+    pub keep_alive: Duration,
+    /// Session Expiry Interval (MQTT 5). Default 7 d.
+    pub session_expiry: Duration,
+    /// TCP connect, TLS handshake and CONNACK, together. Default 20 s.
+    pub connect_timeout: Duration,
+    /// Reconnect when nothing was acknowledged for this long although the link is up. Default 60 s.
+    pub ack_timeout: Duration,
+    /// Longest delay between two attempts to connect. Default 5 min.
+    pub backoff_max: Duration,
+    /// QoS 1 and 2 messages in flight; the broker's Receive Maximum still applies. Default 1000, 1 to 65535.
+    pub max_in_flight: u16,
+    /// QoS 2 messages in flight. Default 1000 on MQTT 5, 20 on 3.1.1 (mosquitto's default silently loses the 21st).
+    pub qos2_window: u16,
+    /// Largest packet taken from the broker. Default 256 KiB, 4 KiB to 16 MiB.
+    pub max_packet: u32,
+    /// What becomes of messages between PUBREC and PUBCOMP when the broker lost the session.
+    pub on_session_loss: OnSessionLoss,
+    /// How long a message the broker refuses for now is tried before it is a dead letter. Default 1 d.
+    pub retry_refused_for: Duration,
+    /// Whether a Will is registered. Default yes.
+    pub will: bool,
+}
+
+/// `on_session_loss`: what is done with a message whose fate the broker forgot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnSessionLoss {
+    /// Publish it anew: never lost, possibly doubled. The default.
+    Republish,
+    /// Call it delivered: never doubled, possibly lost.
+    Drop,
+}
+
+/// How the broker proves who it is, and we who we are.
+#[derive(Debug, Clone)]
+pub struct Tls {
+    /// PEM file of certificate authorities; `None` takes the system's.
+    pub ca_file: Option<PathBuf>,
+    /// PEM file with our certificate chain. Always together with `key_file`.
+    pub cert_file: Option<PathBuf>,
+    /// PEM file with our private key.
+    pub key_file: Option<PathBuf>,
+    /// The name the certificate must carry. Default: the host.
+    pub server_name: Option<String>,
+    /// Application protocols offered (ALPN).
+    pub alpn: Vec<String>,
+}
+
+/// Where messages wait.
+#[derive(Debug, Clone)]
+pub struct Store {
+    /// The database file. Default `/var/lib/fieldpost/outbox.db`.
+    pub path: PathBuf,
+    /// Bytes of messages kept at most. Default 512 MiB, from 1 MiB.
+    pub quota: u64,
+    /// What happens to a new message when the quota is reached.
+    pub when_full: WhenFull,
+    /// Longest time a message of the lane waits for others to share its commit with, in the order of
+    /// [`Lane::ALL`]. Defaults 0, 50 ms and 1 s; up to 60 s. Longer wears flash less.
+    pub commit_interval: [Duration; 3],
+}
+
+/// `when_full`: who loses when the quota is reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WhenFull {
+    /// The oldest message of the lowest lane that is not in flight. The default.
+    DropOldest,
+    /// The new one: its producer hears "not accepted".
+    RejectNew,
+}
+
+/// The local socket that `fieldpost status` and `fieldpost publish` speak to.
+#[derive(Debug, Clone)]
+pub struct Control {
+    /// Path of the Unix socket. Default: `control.sock` beside the database.
+    pub socket: PathBuf,
+}
+
+/// One serial line or Modbus TCP server, with its units.
+#[derive(Debug, Clone)]
+pub struct ModbusLine {
+    /// Its name in topics and messages.
+    pub name: Arc<str>,
+    /// How it is reached.
+    pub transport: Transport,
+    /// How long a reply is waited for. Default 1 s (RTU), 3 s (TCP); 10 ms to 60 s.
+    pub timeout: Duration,
+    /// Its units.
+    pub units: Vec<ModbusUnit>,
+}
+
+/// How a Modbus line is reached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Transport {
+    /// Modbus TCP.
+    Tcp {
+        /// Host name or address, without brackets.
+        host: String,
+        /// Default 502.
+        port: u16,
+    },
+    /// Modbus RTU on a serial port.
+    Rtu(SerialPort),
+}
+
+/// A serial port's settings.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SerialPort {
+    /// The device, best by a `/dev/serial/by-id/` name.
+    pub device: PathBuf,
+    /// Default 9600; 300 to 4,000,000.
+    pub baud_rate: u32,
+    /// `none`, `even` or `odd`. Default even, as the Modbus serial line specification says.
+    pub parity: Parity,
+    /// 1 or 2. Default 1 with parity, 2 without.
+    pub stop_bits: u8,
+}
+
+/// Parity of a serial port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Parity {
+    /// No parity bit.
+    None,
+    /// Even parity.
+    Even,
+    /// Odd parity.
+    Odd,
+}
+
+/// One unit (a slave, on a serial line).
+#[derive(Debug, Clone)]
+pub struct ModbusUnit {
+    /// Its name in topics and messages.
+    pub name: Arc<str>,
+    /// Unit identifier: 1 to 247 on serial lines, 0 to 255 on TCP.
+    pub unit: u8,
+    /// Its points: places in [`Config::points`].
+    pub points: std::ops::Range<usize>,
+}
+
+/// One point: what is read, and how it is reported.
+#[derive(Debug, Clone)]
+pub struct Point {
+    /// `line/unit/point`.
+    pub id: PointId,
+    /// Register type.
+    pub space: Space,
+    /// Address on the wire, from 0.
+    pub address: u16,
+    /// How registers become a value.
+    pub encoding: Encoding,
+    /// How often it is read. Default 1 s; 50 ms to 1 d.
+    pub every: Duration,
+    /// How it is reported.
+    pub report: Report,
+}
+
+/// How a point's samples become messages.
+#[derive(Debug, Clone)]
+pub struct Report {
+    /// The rendered topic. Points of one unit with the same topic, QoS, retain and lane share a message.
+    pub topic: Topic,
+    /// Default 1.
+    pub qos: Qos,
+    /// Default false.
+    pub retain: bool,
+    /// Default normal.
+    pub lane: Lane,
+    /// Unit of measure in payloads, `kWh`.
+    pub unit: Option<String>,
+    /// How far a value must move to be reported. Default: every sample is.
+    pub deadband: Deadband,
+    /// A value that stays within its dead band is reported all the same after this long. Default 10 min
+    /// with a dead band.
+    pub longest_silence: Duration,
+    /// How long a message is still worth sending. Default: for ever.
+    pub expires_after: Option<Duration>,
+}
+
+/// Reads and checks a configuration file.
+///
+/// # Errors
+/// Every problem found, in the order of their places, or the one that made the file unreadable.
+pub fn load(path: &Path) -> Result<Config, Problems> {
+    check::load(path)
+}
+
+/// Checks a configuration given as text; `path` is what problems name and what relative paths start from.
+///
+/// # Errors
+/// Every problem found, in the order of their places.
+pub fn parse(path: &Path, text: &str) -> Result<Config, Problems> {
+    check::parse(path, text)
+}

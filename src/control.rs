@@ -1,0 +1,1 @@
+//! The local Unix socket.

@@ -1,0 +1,1 @@
+//! What is told about the gateway's own state.

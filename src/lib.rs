@@ -1,0 +1,34 @@
+//! fieldpost: a store-and-forward bridge for gateways.
+//!
+//! ```text
+//!  devices ─► source/* ──Reading─► pipeline(policy) ──Message──► store/outbox ──► uplink ──PUBLISH──► broker
+//!                                                                   ▲    ▲           │
+//!                                                           answer  │    └─ settle ──┘ PUBACK / PUBREC / PUBCOMP
+//!  devices ◄─ source/* ◄──Write─── dispatch ◄──Command── store/inbox ◄── uplink ◄──PUBLISH── broker
+//! ```
+//!
+//! **The database is the truth; everything in memory can be thrown away.** A message exists when its
+//! transaction commits and ends when its last acknowledgement commits.
+//!
+//! The import law, held by `tests/layers.rs`:
+//! - vocabulary ([`point`], [`message`], [`stats`]) imports nothing of ours;
+//! - pure logic (schedule, plan, register, policy, session, backoff, presence, clock) imports vocabulary
+//!   and other pure logic only, and knows no runtime, no clock, no socket and no file;
+//! - each I/O crate is named in one place: rumqttc in `uplink/link*`, rusqlite in `store*`, tokio-modbus in
+//!   `source/modbus/client`, toml in `config*`;
+//! - edges never import each other: the store is the only hub, and [`agent`] alone sees all.
+
+pub mod agent;
+pub mod cli;
+pub mod clock;
+pub mod config;
+pub mod control;
+pub mod health;
+pub mod message;
+pub mod pipeline;
+pub mod point;
+pub mod policy;
+pub mod source;
+pub mod stats;
+pub mod store;
+pub mod uplink;

@@ -1,0 +1,1 @@
+//! The way up: readings to messages to the outbox.

@@ -1,0 +1,1 @@
+//! What payloads say: the wire contract. Pure.

@@ -1,0 +1,1 @@
+//! Topic templates: `{gateway}/{line}/{unit}/{point}` to topics that can always be published. Pure.

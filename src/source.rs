@@ -1,0 +1,4 @@
+//! Where samples come from. A source knows no store and no broker: it is handed a sender of readings.
+
+pub mod modbus;
+pub mod schedule;

@@ -1,0 +1,1 @@
+//! Points to the fewest legal read requests. Pure.

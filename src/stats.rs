@@ -1,0 +1,98 @@
+//! The named counters: what was read, accepted, sent, refused and lost. Plain atomics, one set per agent.
+//!
+//! Invariant (P5): whatever is given up is counted here or in the store's own durable drop counters.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A counter that only goes up.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Counts one.
+    pub fn increment(&self) {
+        self.add(1);
+    }
+
+    /// Counts `n`.
+    pub fn add(&self, n: u64) {
+        self.0.fetch_add(n, Ordering::Relaxed);
+    }
+
+    /// The count so far.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident,)*) => {
+        /// Every counter of the agent that starts at 0 with the process.
+        #[derive(Debug, Default)]
+        pub struct Stats { $($(#[$doc])* pub $name: Counter,)* }
+
+        impl Stats {
+            /// Every counter with its name, in the order above.
+            pub fn all(&self) -> Vec<(&'static str, u64)> {
+                vec![$((stringify!($name), self.$name.get()),)*]
+            }
+        }
+    };
+}
+
+counters! {
+    /// Samples taken from devices, good or bad.
+    samples_read,
+    /// Samples that were bad.
+    samples_bad,
+    /// Samples within their dead band.
+    samples_within_deadband,
+    /// Readings thrown away because the pipeline was full: the store could not keep up.
+    readings_overrun,
+    /// Due times that passed while a unit was still being read.
+    polls_skipped,
+    /// Messages the store accepted.
+    messages_accepted,
+    /// Messages the store did not accept.
+    messages_not_accepted,
+    /// QoS 0 messages sent.
+    qos0_sent,
+    /// QoS 0 messages thrown away because the link was down or full.
+    qos0_dropped,
+    /// Messages whose last acknowledgement arrived.
+    messages_delivered,
+    /// Acknowledged with 0x10: nobody is subscribed.
+    no_matching_subscribers,
+    /// PUBLISH packets sent with DUP.
+    resent_with_dup,
+    /// Messages that may have been delivered twice, because the broker lost the session or said 0x92.
+    possibly_doubled,
+    /// Messages that may be lost, because the broker lost the session and the policy is `drop`.
+    possibly_lost,
+    /// Messages in flight that had to be abandoned; whether the broker had them is unknown.
+    abandoned,
+    /// Messages the broker refused for now.
+    refused_for_now,
+    /// Messages given up after a refusal.
+    dead_lettered,
+    /// Messages that overtook a refused one of their topic because they were already in flight.
+    order_overtaken,
+    /// Messages published at a lower QoS or without retain because the broker allows no more.
+    downgraded,
+    /// Acknowledgements that fit nothing in flight.
+    acks_unexpected,
+    /// Inbound messages recorded.
+    inbound_recorded,
+    /// Inbound messages recognised as repeats.
+    inbound_repeated,
+    /// Inbound messages refused: too large, or the inbox full.
+    inbound_refused,
+    /// Connections to the broker that reached CONNACK with success.
+    connects,
+    /// Attempts to connect that failed.
+    connect_failures,
+    /// Connections closed because the broker broke the protocol.
+    protocol_errors,
+    /// Sessions the broker turned out to have lost.
+    sessions_lost,
+}

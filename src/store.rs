@@ -1,0 +1,1 @@
+//! The outbox database: one connection on one thread, group commit.

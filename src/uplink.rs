@@ -1,0 +1,9 @@
+//! The way to the broker: a pure session, a link that carries its packets, and the task that joins them.
+
+pub mod backoff;
+pub mod connection;
+pub mod link;
+pub mod packet;
+pub mod presence;
+pub mod session;
+pub mod tls;

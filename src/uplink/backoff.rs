@@ -1,0 +1,1 @@
+//! How long to wait before connecting again: exponential, full jitter, reset after a stable time. Pure.

@@ -1,0 +1,1 @@
+//! The uplink task: connects, turns, reconnects.

@@ -1,0 +1,1 @@
+//! MQTT packets over any byte stream.

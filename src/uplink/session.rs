@@ -1,0 +1,1 @@
+//! The MQTT delivery state machine. Pure.

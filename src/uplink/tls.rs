@@ -1,0 +1,1 @@
+//! Certificates to a rustls configuration.
