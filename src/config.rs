@@ -15,6 +15,7 @@ use crate::point::PointId;
 use crate::policy::deadband::Deadband;
 use crate::source::modbus::Space;
 use crate::source::modbus::register::Encoding;
+use crate::turn::OnSessionLoss;
 use crate::uplink::packet::Protocol;
 
 pub use check::{Problem, Problems};
@@ -89,15 +90,6 @@ pub struct Broker {
     pub retry_refused_for: Duration,
     /// Whether a Will is registered. Default yes.
     pub will: bool,
-}
-
-/// `on_session_loss`: what is done with a message whose fate the broker forgot.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum OnSessionLoss {
-    /// Publish it anew: never lost, possibly doubled. The default.
-    Republish,
-    /// Call it delivered: never doubled, possibly lost.
-    Drop,
 }
 
 /// How the broker proves who it is, and we who we are.

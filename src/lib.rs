@@ -31,4 +31,5 @@ pub mod policy;
 pub mod source;
 pub mod stats;
 pub mod store;
+pub mod turn;
 pub mod uplink;

@@ -235,6 +235,8 @@ pub struct Record {
     pub retain: bool,
     /// Acquisition time, Unix time in milliseconds.
     pub at_ms: i64,
+    /// Seconds it is still worth sending; `None` for ever.
+    pub expires_s: Option<u32>,
     /// The application message.
     pub payload: Bytes,
 }

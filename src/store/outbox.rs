@@ -1,0 +1,649 @@
+//! The queue of messages on their way to the broker: accept, take, settle, drop.
+//!
+//! Works inside a transaction that `store` opens and commits. What is kept in memory here only speeds up
+//! what the tables say; after a failed commit it is thrown away and read again.
+//!
+//! Invariants: a record leaves the queue only by its last acknowledgement, or counted by a reason; a record
+//! with a row in `inflight` is never dropped; numbers never repeat.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use rusqlite::{Connection, OptionalExtension, params};
+
+use super::segment::{self, Entry};
+use super::{Boot, WhenFull};
+use crate::clock::Stamp;
+use crate::message::{Lane, Message, Qos, Record, Seq, Topic};
+use crate::turn::Hold;
+
+/// Records of one segment at most; a bigger commit makes several.
+const SEGMENT_RECORDS: usize = 512;
+/// Bytes of one segment's payloads, about; one larger message makes a segment of its own.
+const SEGMENT_BYTES: usize = 128 << 10;
+/// Bytes a segment takes beside its body, about: its other columns and its share of the pages.
+const SEGMENT_OVERHEAD: u64 = 64;
+/// Messages held behind refused ones of their topic, per lane; beyond it the whole lane is held.
+const DEFERRED_MAX: usize = 10_000;
+/// Unfinished QoS 1 messages sent before a resumed QoS 2 one, at most: no window was ever larger.
+const OLDER_MAX: usize = 1_000;
+
+/// Why a message was dropped, as counters and gap records name it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum DropReason {
+    Quota,
+    Expired,
+    Damaged,
+    DeadLetter,
+    /// In flight and given up; whether the broker had it is unknown.
+    Abandoned,
+}
+
+impl DropReason {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            DropReason::Quota => "quota",
+            DropReason::Expired => "expired",
+            DropReason::Damaged => "damaged",
+            DropReason::DeadLetter => "dead_letter",
+            DropReason::Abandoned => "abandoned",
+        }
+    }
+}
+
+/// First and last number and count of what one transaction dropped.
+#[derive(Debug, Clone, Copy)]
+struct Dropped {
+    first: u64,
+    last: u64,
+    count: u64,
+}
+
+/// A segment some of whose records were taken or are done.
+#[derive(Debug)]
+struct Open {
+    count: u64,
+    bytes: u64,
+    done: Vec<u8>,
+    left: u64,
+    changed: bool,
+}
+
+impl Open {
+    fn is_done(&self, index: u64) -> bool {
+        self.done[index as usize / 8] & (1 << (index % 8)) != 0
+    }
+}
+
+/// The segment that is being read, decoded.
+#[derive(Debug)]
+struct Loaded {
+    first: u64,
+    entries: Vec<Option<Entry>>,
+    accepted: Stamp,
+    kernel_boot: u32,
+}
+
+#[derive(Debug, Default)]
+struct Held {
+    until_mono_ms: u64,
+    deferred: BTreeSet<u64>,
+}
+
+#[derive(Debug)]
+struct LaneQueue {
+    next_seq: u64,
+    messages: u64,
+    bytes: u64,
+    /// Every record below is done, taken, returned or deferred.
+    cursor: u64,
+    /// Below the cursor, to be taken first.
+    returned: BTreeSet<u64>,
+    /// In the session's hands.
+    taken: BTreeSet<u64>,
+    open: BTreeMap<u64, Open>,
+    loaded: Option<Loaded>,
+    held: HashMap<Topic, Held>,
+    held_until_mono_ms: u64,
+    changed: bool,
+}
+
+/// What a screen shows of a lane.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct LaneDepth {
+    /// Messages not yet done, in flight included.
+    pub messages: u64,
+    /// Bytes of its segments.
+    pub bytes: u64,
+    /// Messages in the session's hands.
+    pub in_flight: u64,
+    /// How long the oldest has waited, in milliseconds; `None` when empty or not known across a boot.
+    pub oldest_age_ms: Option<u64>,
+}
+
+/// The queue of every lane.
+#[derive(Debug)]
+pub(crate) struct Outbox {
+    lanes: [LaneQueue; 3],
+    dropped: BTreeMap<(Lane, DropReason), Dropped>,
+}
+
+type Sql<T> = Result<T, rusqlite::Error>;
+
+fn key(lane: Lane, seq: u64) -> i64 {
+    ((lane as i64) << 56) | seq as i64
+}
+
+fn end_of(lane: Lane) -> i64 {
+    (lane as i64 + 1) << 56
+}
+
+fn seq_of(key: i64) -> u64 {
+    key as u64 & ((1 << 56) - 1)
+}
+
+impl Outbox {
+    /// Reads what memory needs: counters, and which records of begun segments are done.
+    pub(crate) fn load(db: &Connection) -> Sql<Self> {
+        let lane = |lane: Lane| -> Sql<LaneQueue> {
+            let (next_seq, messages, bytes) = db.query_row(
+                "SELECT next_seq, messages, bytes FROM lane WHERE lane = ?",
+                [lane as i64],
+                |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)),
+            )?;
+            let mut queue = LaneQueue {
+                next_seq,
+                messages,
+                bytes,
+                cursor: 0,
+                returned: BTreeSet::new(),
+                taken: BTreeSet::new(),
+                open: BTreeMap::new(),
+                loaded: None,
+                held: HashMap::new(),
+                held_until_mono_ms: 0,
+                changed: false,
+            };
+            let mut statement = db.prepare(
+                "SELECT s.id, s.count, length(s.body), p.done FROM progress p JOIN segment s ON s.id = p.segment
+                 WHERE p.segment >= ? AND p.segment < ?",
+            )?;
+            let mut rows = statement.query(params![key(lane, 0), end_of(lane)])?;
+            while let Some(row) = rows.next()? {
+                let (id, count, bytes, done): (i64, u64, u64, Vec<u8>) =
+                    (row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?);
+                queue.open.insert(seq_of(id), Open::new(count, bytes, done));
+            }
+            Ok(queue)
+        };
+        Ok(Outbox {
+            lanes: [lane(Lane::Alarm)?, lane(Lane::Normal)?, lane(Lane::Bulk)?],
+            dropped: BTreeMap::new(),
+        })
+    }
+
+    fn lane(&mut self, lane: Lane) -> &mut LaneQueue {
+        &mut self.lanes[lane as usize]
+    }
+
+    /// Bytes of every segment.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.lanes.iter().map(|lane| lane.bytes).sum()
+    }
+
+    /// Messages that are not done.
+    pub(crate) fn messages(&self) -> u64 {
+        self.lanes.iter().map(|lane| lane.messages).sum()
+    }
+
+    /// Bytes the messages will take, about.
+    pub(crate) fn cost(messages: &[Message]) -> u64 {
+        messages.iter().map(|m| m.payload.len_max() as u64 + m.topic.as_str().len() as u64 + 16).sum()
+    }
+
+    /// Numbers and stores messages of any lanes; the caller has made room.
+    pub(crate) fn append(&mut self, db: &Connection, messages: Vec<Message>, boot: &Boot, now: Stamp) -> Sql<()> {
+        let mut by_lane: [Vec<Entry>; 3] = Default::default();
+        for message in messages {
+            let lane = message.lane;
+            let entries = &mut by_lane[lane as usize];
+            let seq = Seq(self.lanes[lane as usize].next_seq + entries.len() as u64);
+            entries.push(Entry {
+                topic: message.topic,
+                qos: message.qos,
+                retain: message.retain,
+                at_ms: message.at.wall_ms,
+                expires_after_s: message
+                    .expires_after
+                    .map(|after| u32::try_from(after.as_secs().max(1)).unwrap_or(u32::MAX)),
+                payload: message.payload.finish(boot.epoch, seq),
+            });
+        }
+        for (lane, entries) in Lane::ALL.into_iter().zip(by_lane) {
+            let mut rest = &entries[..];
+            while !rest.is_empty() {
+                let (now_segment, later) = rest.split_at(segment_length(rest));
+                self.insert(db, lane, now_segment, boot, now)?;
+                rest = later;
+            }
+        }
+        Ok(())
+    }
+
+    fn insert(&mut self, db: &Connection, lane: Lane, entries: &[Entry], boot: &Boot, now: Stamp) -> Sql<()> {
+        let queue = self.lane(lane);
+        let (packing, body) = segment::encode(lane, Seq(queue.next_seq), now.wall_ms, entries);
+        db.prepare_cached("INSERT INTO segment VALUES (?, ?, ?, ?, ?, ?, ?, ?)")?.execute(params![
+            key(lane, queue.next_seq),
+            entries.len() as u64,
+            boot.epoch,
+            boot.kernel_boot,
+            now.wall_ms,
+            now.mono_ms,
+            packing as i64,
+            body,
+        ])?;
+        queue.next_seq += entries.len() as u64;
+        queue.messages += entries.len() as u64;
+        queue.bytes += body.len() as u64 + SEGMENT_OVERHEAD;
+        queue.changed = true;
+        Ok(())
+    }
+
+    /// Drops the oldest records of the lowest lanes that are not in flight, until `need` more bytes fit.
+    /// Returns whether they do.
+    pub(crate) fn make_room(&mut self, db: &Connection, need: u64, quota: u64, policy: WhenFull) -> Sql<bool> {
+        if self.bytes() + need <= quota {
+            return Ok(true);
+        }
+        if policy == WhenFull::RejectNew || need > quota {
+            return Ok(false);
+        }
+        for lane in Lane::ALL.into_iter().rev() {
+            let mut from = 0;
+            while self.bytes() + need > quota {
+                let Some((first, count)) = find(db, lane, from)? else { break };
+                from = first + count;
+                for seq in first..from {
+                    if !self.lane(lane).taken.contains(&seq) && !self.is_done(db, lane, seq)? {
+                        self.drop_record(db, lane, seq, DropReason::Quota)?;
+                    }
+                }
+            }
+        }
+        Ok(self.bytes() + need <= quota)
+    }
+
+    /// Marks a record done and counts it as dropped.
+    pub(crate) fn drop_record(&mut self, db: &Connection, lane: Lane, seq: u64, reason: DropReason) -> Sql<()> {
+        let dropped = self.dropped.entry((lane, reason)).or_insert(Dropped { first: seq, last: seq, count: 0 });
+        dropped.first = dropped.first.min(seq);
+        dropped.last = dropped.last.max(seq);
+        dropped.count += 1;
+        self.finish(db, lane, seq)
+    }
+
+    /// Marks a record done; the last one of a segment deletes it.
+    pub(crate) fn finish(&mut self, db: &Connection, lane: Lane, seq: u64) -> Sql<()> {
+        let queue = &mut self.lanes[lane as usize];
+        queue.taken.remove(&seq);
+        queue.returned.remove(&seq);
+        let Some(first) = queue.open_segment(db, lane, seq)? else { return Ok(()) };
+        let open = queue.open.get_mut(&first).expect("open_segment has just found it");
+        let index = seq - first;
+        if open.is_done(index) {
+            return Ok(());
+        }
+        open.done[index as usize / 8] |= 1 << (index % 8);
+        open.left -= 1;
+        open.changed = true;
+        queue.messages -= 1;
+        queue.changed = true;
+        if open.left == 0 {
+            queue.bytes = queue.bytes.saturating_sub(open.bytes + SEGMENT_OVERHEAD);
+            queue.open.remove(&first);
+            db.prepare_cached("DELETE FROM segment WHERE id = ?")?.execute([key(lane, first)])?;
+            db.prepare_cached("DELETE FROM progress WHERE segment = ?")?.execute([key(lane, first)])?;
+        }
+        Ok(())
+    }
+
+    fn is_done(&mut self, db: &Connection, lane: Lane, seq: u64) -> Sql<bool> {
+        let queue = self.lane(lane);
+        Ok(match queue.open_segment(db, lane, seq)? {
+            Some(first) => queue.open[&first].is_done(seq - first),
+            None => true,
+        })
+    }
+
+    /// The next record that may be sent, marked as taken. `None`: nothing now.
+    pub(crate) fn take(&mut self, db: &Connection, lane: Lane, boot: &Boot, now: Stamp) -> Sql<Option<Record>> {
+        if self.lane(lane).held_until_mono_ms > now.mono_ms {
+            return Ok(None);
+        }
+        self.lane(lane).release_held(now);
+        while let Some(seq) = self.candidate(db, lane)? {
+            let Some((entry, expires_s)) = self.readable(db, lane, seq, boot, now)? else { continue };
+            let queue = self.lane(lane);
+            if let Some(held) = queue.held.get_mut(&entry.topic) {
+                held.deferred.insert(seq);
+                queue.pass(seq);
+                if queue.held.values().map(|held| held.deferred.len()).sum::<usize>() > DEFERRED_MAX {
+                    queue.held_until_mono_ms =
+                        queue.held.values().map(|held| held.until_mono_ms).min().unwrap_or(now.mono_ms);
+                    return Ok(None);
+                }
+                continue;
+            }
+            queue.pass(seq);
+            queue.taken.insert(seq);
+            return Ok(Some(entry.into_record(lane, Seq(seq), expires_s)));
+        }
+        Ok(None)
+    }
+
+    /// The number to look at next: a returned one, or the first at or after the cursor that is open.
+    fn candidate(&mut self, db: &Connection, lane: Lane) -> Sql<Option<u64>> {
+        if let Some(seq) = self.lane(lane).returned.first() {
+            return Ok(Some(*seq));
+        }
+        loop {
+            let queue = self.lane(lane);
+            if queue.cursor >= queue.next_seq {
+                return Ok(None);
+            }
+            let seq = queue.cursor;
+            if !queue.loaded_holds(seq) && !queue.load(db, lane, seq)? {
+                let next = queue.next_seq;
+                queue.cursor = next;
+                return Ok(None);
+            }
+            let loaded_first = queue.loaded.as_ref().map_or(seq, |loaded| loaded.first);
+            let seq = seq.max(loaded_first);
+            queue.cursor = seq;
+            if queue.taken.contains(&seq) || self.is_done(db, lane, seq)? {
+                self.lane(lane).cursor += 1;
+                continue;
+            }
+            return Ok(Some(seq));
+        }
+    }
+
+    /// The entry, unless it is damaged or has expired, in which case it is dropped.
+    fn readable(
+        &mut self,
+        db: &Connection,
+        lane: Lane,
+        seq: u64,
+        boot: &Boot,
+        now: Stamp,
+    ) -> Sql<Option<(Entry, Option<u32>)>> {
+        let queue = self.lane(lane);
+        if !queue.loaded_holds(seq) && !(queue.load(db, lane, seq)? && queue.loaded_holds(seq)) {
+            queue.pass(seq);
+            return Ok(None);
+        }
+        let Some(loaded) = &queue.loaded else { return Ok(None) };
+        let reason = match &loaded.entries[(seq - loaded.first) as usize] {
+            None => DropReason::Damaged,
+            Some(entry) => match time_left(entry.expires_after_s, loaded, boot, now) {
+                Some(left) => return Ok(Some((entry.clone(), left))),
+                None => DropReason::Expired,
+            },
+        };
+        queue.pass(seq);
+        self.drop_record(db, lane, seq, reason)?;
+        Ok(None)
+    }
+
+    /// A record by its number, for a row of `inflight`. `None` when it is damaged or gone.
+    pub(crate) fn record(&mut self, db: &Connection, lane: Lane, seq: u64) -> Sql<Option<Record>> {
+        let queue = self.lane(lane);
+        if !queue.loaded_holds(seq) {
+            queue.load(db, lane, seq)?;
+        }
+        if !queue.loaded_holds(seq) {
+            return Ok(None);
+        }
+        let Some(loaded) = &queue.loaded else { return Ok(None) };
+        let entry = loaded.entries[(seq - loaded.first) as usize].clone();
+        Ok(entry.map(|entry| {
+            let left = entry.expires_after_s;
+            entry.into_record(lane, Seq(seq), left)
+        }))
+    }
+
+    /// Marks a record as being in the session's hands.
+    pub(crate) fn mark_taken(&mut self, lane: Lane, seq: u64) {
+        self.lane(lane).taken.insert(seq);
+    }
+
+    /// Unfinished QoS 1 records older than `seq`, marked as taken: sent before it, they keep the order.
+    pub(crate) fn older(&mut self, db: &Connection, lane: Lane, seq: u64, boot: &Boot, now: Stamp) -> Sql<Vec<Record>> {
+        let mut older = Vec::new();
+        let mut passed = Vec::new();
+        while let Some(candidate) = self.candidate(db, lane)? {
+            if candidate >= seq || older.len() + passed.len() >= OLDER_MAX {
+                break;
+            }
+            let Some((entry, expires_s)) = self.readable(db, lane, candidate, boot, now)? else { continue };
+            let queue = self.lane(lane);
+            queue.pass(candidate);
+            if entry.qos == Qos::AtLeastOnce {
+                queue.taken.insert(candidate);
+                older.push(entry.into_record(lane, Seq(candidate), expires_s));
+            } else {
+                passed.push(candidate);
+            }
+        }
+        self.lane(lane).returned.extend(passed);
+        Ok(older)
+    }
+
+    /// Puts a taken record back into the queue, at its old place.
+    pub(crate) fn give_back(&mut self, lane: Lane, seq: u64) {
+        let queue = self.lane(lane);
+        if queue.taken.remove(&seq) {
+            queue.returned.insert(seq);
+        }
+    }
+
+    /// Puts back everything taken for which `keep` says no.
+    pub(crate) fn give_back_unless(&mut self, keep: impl Fn(Lane, u64) -> bool) {
+        for lane in Lane::ALL {
+            let queue = self.lane(lane);
+            let back: Vec<u64> = queue.taken.iter().copied().filter(|seq| !keep(lane, *seq)).collect();
+            for seq in back {
+                self.give_back(lane, seq);
+            }
+        }
+    }
+
+    /// Puts a refused record back and holds its topic or its lane.
+    pub(crate) fn hold(&mut self, db: &Connection, lane: Lane, seq: u64, hold: Hold, until_mono_ms: u64) -> Sql<()> {
+        let topic = self.record(db, lane, seq)?.map(|record| record.topic);
+        let queue = self.lane(lane);
+        queue.taken.remove(&seq);
+        match (hold, topic) {
+            (Hold::Topic, Some(topic)) => {
+                let held = queue.held.entry(topic).or_default();
+                held.until_mono_ms = held.until_mono_ms.max(until_mono_ms);
+                held.deferred.insert(seq);
+            }
+            _ => {
+                queue.held_until_mono_ms = queue.held_until_mono_ms.max(until_mono_ms);
+                queue.returned.insert(seq);
+            }
+        }
+        Ok(())
+    }
+
+    /// When the next hold ends, by the monotonic clock.
+    pub(crate) fn next_release(&self, now: Stamp) -> Option<u64> {
+        let holds = |lane: &LaneQueue| {
+            let topics = lane.held.values().map(|held| held.until_mono_ms);
+            topics.chain((lane.held_until_mono_ms > now.mono_ms).then_some(lane.held_until_mono_ms)).min()
+        };
+        self.lanes.iter().filter_map(holds).min()
+    }
+
+    /// Whether anything waits that is neither taken nor held.
+    pub(crate) fn has_waiting(&self) -> bool {
+        self.lanes.iter().any(|lane| !lane.returned.is_empty() || lane.cursor < lane.next_seq)
+    }
+
+    /// Writes what the transaction changed: lane counters, done bits, drop counters.
+    pub(crate) fn write_changes(&mut self, db: &Connection) -> Sql<()> {
+        for lane in Lane::ALL {
+            let queue = self.lane(lane);
+            for (first, open) in queue.open.iter_mut().filter(|(_, open)| open.changed) {
+                db.prepare_cached("INSERT INTO progress VALUES (?1, ?2) ON CONFLICT (segment) DO UPDATE SET done = ?2")?
+                    .execute(params![key(lane, *first), open.done])?;
+                open.changed = false;
+            }
+            if queue.changed {
+                db.prepare_cached("UPDATE lane SET next_seq = ?2, messages = ?3, bytes = ?4 WHERE lane = ?1")?
+                    .execute(params![lane as i64, queue.next_seq, queue.messages, queue.bytes])?;
+                queue.changed = false;
+            }
+        }
+        for ((lane, reason), dropped) in std::mem::take(&mut self.dropped) {
+            db.prepare_cached(
+                "INSERT INTO dropped VALUES (?1, ?2, ?3) ON CONFLICT DO UPDATE SET count = count + ?3",
+            )?
+            .execute(params![lane as i64, reason.name(), dropped.count])?;
+            db.prepare_cached(
+                "INSERT INTO gap VALUES (?1, ?2, ?3, ?4, ?5) ON CONFLICT DO UPDATE SET
+                 first_seq = min(first_seq, ?3), last_seq = max(last_seq, ?4), count = count + ?5",
+            )?
+            .execute(params![lane as i64, reason.name(), dropped.first, dropped.last, dropped.count])?;
+        }
+        Ok(())
+    }
+
+    /// What a screen shows.
+    pub(crate) fn depth(&self, db: &Connection, boot: &Boot, now: Stamp) -> Sql<[LaneDepth; 3]> {
+        let mut depths = [LaneDepth::default(); 3];
+        for lane in Lane::ALL {
+            let queue = &self.lanes[lane as usize];
+            let oldest: Option<(u32, i64, u64)> = db
+                .prepare_cached(
+                    "SELECT kernel_boot, accepted_ms, accepted_mono FROM segment WHERE id >= ? AND id < ? ORDER BY id LIMIT 1",
+                )?
+                .query_row(params![key(lane, 0), end_of(lane)], |row| {
+                    Ok((row.get(0)?, row.get(1)?, row.get(2)?))
+                })
+                .optional()?;
+            depths[lane as usize] = LaneDepth {
+                messages: queue.messages,
+                bytes: queue.bytes,
+                in_flight: queue.taken.len() as u64,
+                oldest_age_ms: oldest.and_then(|(kernel_boot, wall_ms, mono_ms)| {
+                    boot.elapsed_ms(kernel_boot, Stamp { wall_ms, mono_ms }, now)
+                }),
+            };
+        }
+        Ok(depths)
+    }
+}
+
+impl Open {
+    fn new(count: u64, body_bytes: u64, mut done: Vec<u8>) -> Self {
+        done.resize(count.div_ceil(8) as usize, 0);
+        let set = (0..count).filter(|n| done[*n as usize / 8] & (1 << (n % 8)) != 0).count() as u64;
+        Open { count, bytes: body_bytes, done, left: count - set, changed: false }
+    }
+}
+
+impl LaneQueue {
+    fn pass(&mut self, seq: u64) {
+        if !self.returned.remove(&seq) && seq >= self.cursor {
+            self.cursor = seq + 1;
+        }
+    }
+
+    fn release_held(&mut self, now: Stamp) {
+        let due = |held: &Held| held.until_mono_ms <= now.mono_ms;
+        if self.held.values().any(due) {
+            for (_, held) in self.held.extract_if(|_, held| due(held)) {
+                self.returned.extend(held.deferred);
+            }
+        }
+    }
+
+    fn loaded_holds(&self, seq: u64) -> bool {
+        self.loaded
+            .as_ref()
+            .is_some_and(|loaded| (loaded.first..loaded.first + loaded.entries.len() as u64).contains(&seq))
+    }
+
+    /// Decodes the segment that holds `seq`, or the first one after it.
+    fn load(&mut self, db: &Connection, lane: Lane, seq: u64) -> Sql<bool> {
+        let Some((first, count)) = find(db, lane, seq)? else {
+            self.loaded = None;
+            return Ok(false);
+        };
+        let (kernel_boot, wall_ms, mono_ms, packing, body): (u32, i64, u64, i64, Vec<u8>) = db
+            .prepare_cached("SELECT kernel_boot, accepted_ms, accepted_mono, packing, body FROM segment WHERE id = ?")?
+            .query_row([key(lane, first)], |row| {
+                Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?, row.get(4)?))
+            })?;
+        self.open.entry(first).or_insert_with(|| Open::new(count, body.len() as u64, Vec::new()));
+        let entries = segment::decode(lane, Seq(first), count as usize, wall_ms, packing, body);
+        self.loaded = Some(Loaded { first, entries, accepted: Stamp { wall_ms, mono_ms }, kernel_boot });
+        Ok(true)
+    }
+
+    /// The first number of the segment that holds `seq`, which is in `open` afterwards; `None`: long done.
+    fn open_segment(&mut self, db: &Connection, lane: Lane, seq: u64) -> Sql<Option<u64>> {
+        if let Some((first, open)) = self.open.range(..=seq).next_back()
+            && seq < first + open.count
+        {
+            return Ok(Some(*first));
+        }
+        let Some((first, count)) = find(db, lane, seq)?.filter(|(first, _)| *first <= seq) else {
+            return Ok(None);
+        };
+        let bytes: u64 = db
+            .prepare_cached("SELECT length(body) FROM segment WHERE id = ?")?
+            .query_row([key(lane, first)], |row| row.get(0))?;
+        self.open.insert(first, Open::new(count, bytes, Vec::new()));
+        Ok(Some(first))
+    }
+}
+
+/// First number and count of the segment that holds `seq`, or else of the first one after it.
+fn find(db: &Connection, lane: Lane, seq: u64) -> Sql<Option<(u64, u64)>> {
+    let read = |row: &rusqlite::Row<'_>| Ok((seq_of(row.get(0)?), row.get::<_, u64>(1)?));
+    let holding = db
+        .prepare_cached("SELECT id, count FROM segment WHERE id <= ? AND id >= ? ORDER BY id DESC LIMIT 1")?
+        .query_row(params![key(lane, seq), key(lane, 0)], read)
+        .optional()?
+        .filter(|(first, count)| seq < first + count);
+    if holding.is_some() {
+        return Ok(holding);
+    }
+    db.prepare_cached("SELECT id, count FROM segment WHERE id > ? AND id < ? ORDER BY id LIMIT 1")?
+        .query_row(params![key(lane, seq), end_of(lane)], read)
+        .optional()
+}
+
+/// How many of the entries go into one segment.
+fn segment_length(entries: &[Entry]) -> usize {
+    let mut bytes = 0;
+    let fits = |entry: &&Entry| {
+        bytes += entry.payload.len();
+        bytes <= SEGMENT_BYTES
+    };
+    entries.iter().take(SEGMENT_RECORDS).take_while(fits).count().max(1)
+}
+
+/// `None`: expired. Otherwise how many seconds are left, if it expires at all. Where the time since
+/// acceptance cannot be known (another boot, an unset clock), nothing expires.
+fn time_left(expires_after_s: Option<u32>, loaded: &Loaded, boot: &Boot, now: Stamp) -> Option<Option<u32>> {
+    let Some(after_s) = expires_after_s else { return Some(None) };
+    let waited_s = boot.elapsed_ms(loaded.kernel_boot, loaded.accepted, now).unwrap_or(0) / 1000;
+    match u64::from(after_s).checked_sub(waited_s) {
+        None | Some(0) => None,
+        Some(left) => Some(Some(left as u32)),
+    }
+}

@@ -1,0 +1,401 @@
+//! The store's thread: gathers what arrives into batches, commits them, and only then answers.
+//!
+//! Invariants: an answer is sent after COMMIT; a turn commits at once and takes every waiting append with
+//! it; appends alone wait at most their lane's commit interval; an offer that finds nothing stays parked,
+//! so that a message is accepted and handed out in one transaction.
+
+use std::io;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+
+use super::{Append, Batch, Committed, Gap, Look, Settled, Store, StoreError};
+use crate::clock;
+use crate::message::{Lane, Message, PacketId, Seq};
+use crate::stats::Stats;
+use crate::turn::{Begin, Change, Offer, OnSessionLoss, Taken};
+
+/// Requests that wait for the thread, at most.
+const REQUESTS_MAX: usize = 256;
+/// Messages of one commit, about.
+const COMMIT_MESSAGES: usize = 4096;
+
+/// The messages are durable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Accepted {
+    /// How many.
+    pub messages: usize,
+}
+
+/// Why messages were not accepted; none of them was stored.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NotAccepted {
+    /// The quota is reached and the policy is to reject, or everything older is in flight.
+    #[error("the queue is full: {used} of {quota} bytes; raise [store] quota or wait for the link")]
+    QuotaFull {
+        /// The quota in bytes.
+        quota: u64,
+        /// Bytes in use.
+        used: u64,
+    },
+    /// A payload above the limit.
+    #[error("a payload of {bytes} bytes is larger than the {max} that are allowed")]
+    TooLarge {
+        /// Its size.
+        bytes: usize,
+        /// The limit.
+        max: usize,
+    },
+    /// QoS 0 messages are never stored.
+    #[error("QoS 0 messages are not stored")]
+    Qos0,
+    /// The database could not be written.
+    #[error("{0}")]
+    Failed(Arc<StoreError>),
+    /// The agent is stopping.
+    #[error("the agent is stopping")]
+    Stopping,
+}
+
+impl PartialEq for StoreError {
+    fn eq(&self, other: &Self) -> bool {
+        self.to_string() == other.to_string()
+    }
+}
+
+impl Eq for StoreError {}
+
+/// One turn of the session.
+#[derive(Debug)]
+pub struct Turn {
+    /// The connection it belongs to.
+    pub connection: u64,
+    /// What was learned.
+    pub changes: Vec<Change>,
+    /// What can be taken; at most one offer is unanswered at any time.
+    pub offer: Option<Offer>,
+}
+
+/// What became of a turn.
+#[derive(Debug)]
+pub enum Turned {
+    /// Committed.
+    Done {
+        /// The connection.
+        connection: u64,
+        /// Whether a turn's changes were in it.
+        settled: Option<Settled>,
+        /// Inbound identifiers whose message was refused.
+        refused: Vec<PacketId>,
+        /// The answer to the offer, if this is one.
+        taken: Option<Vec<Taken>>,
+    },
+    /// The commit failed; the connection and everything the session knows must go.
+    Failed(Arc<StoreError>),
+}
+
+enum Request {
+    Append { append: Append, reply: oneshot::Sender<Result<Accepted, NotAccepted>> },
+    Turn(Turn),
+    Begin {
+        owner: (String, String),
+        policy: OnSessionLoss,
+        unacked: Vec<(Lane, Seq)>,
+        turned: mpsc::Sender<Turned>,
+        reply: oneshot::Sender<Result<(Begin, Settled), Arc<StoreError>>>,
+    },
+    Look(oneshot::Sender<Result<Look, Arc<StoreError>>>),
+    Close(oneshot::Sender<()>),
+}
+
+/// A way to the store's thread; cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Handle {
+    requests: mpsc::Sender<Request>,
+}
+
+impl std::fmt::Debug for Request {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Request")
+    }
+}
+
+impl Handle {
+    /// Resolves once the messages are durable, or with the reason why none of them was stored.
+    ///
+    /// # Errors
+    /// [`NotAccepted`].
+    pub async fn append(&self, messages: Vec<Message>) -> Result<Accepted, NotAccepted> {
+        self.append_all(Append { messages, closes: Vec::new() }).await
+    }
+
+    /// Like [`Handle::append`], for messages that tell of gaps and close them.
+    ///
+    /// # Errors
+    /// [`NotAccepted`].
+    pub async fn report_gaps(&self, messages: Vec<Message>, closes: Vec<Gap>) -> Result<Accepted, NotAccepted> {
+        self.append_all(Append { messages, closes }).await
+    }
+
+    async fn append_all(&self, append: Append) -> Result<Accepted, NotAccepted> {
+        let (reply, answer) = oneshot::channel();
+        let request = Request::Append { append, reply };
+        self.requests.send(request).await.map_err(|_| NotAccepted::Stopping)?;
+        answer.await.unwrap_or(Err(NotAccepted::Stopping))
+    }
+
+    /// Hands a turn over; its outcome comes through the channel given to [`Handle::begin`].
+    /// `false`: the store has stopped.
+    pub async fn turn(&self, turn: Turn) -> bool {
+        self.requests.send(Request::Turn(turn)).await.is_ok()
+    }
+
+    /// Begins a connection; see [`Store::begin`]. Outcomes of its turns go to `turned`.
+    ///
+    /// # Errors
+    /// The store's; `None` when it has stopped.
+    pub async fn begin(
+        &self,
+        owner: (String, String),
+        policy: OnSessionLoss,
+        unacked: Vec<(Lane, Seq)>,
+        turned: mpsc::Sender<Turned>,
+    ) -> Result<(Begin, Settled), Option<Arc<StoreError>>> {
+        let (reply, answer) = oneshot::channel();
+        let request = Request::Begin { owner, policy, unacked, turned, reply };
+        self.requests.send(request).await.map_err(|_| None)?;
+        answer.await.map_err(|_| None)?.map_err(Some)
+    }
+
+    /// What screens show; `None` when the store has stopped.
+    pub async fn look(&self) -> Option<Result<Look, Arc<StoreError>>> {
+        let (reply, answer) = oneshot::channel();
+        self.requests.send(Request::Look(reply)).await.ok()?;
+        answer.await.ok()
+    }
+
+    /// Commits what waits, moves the log into the database and closes it.
+    pub async fn close(&self) {
+        let (reply, answer) = oneshot::channel();
+        if self.requests.send(Request::Close(reply)).await.is_ok() {
+            let _closed = answer.await;
+        }
+    }
+}
+
+/// Moves an open store onto its thread. Outcomes of turns that belong to no connection are thrown away.
+///
+/// # Errors
+/// The operating system's, when it gives no thread.
+pub fn spawn(store: Store, stats: Arc<Stats>) -> io::Result<(Handle, JoinHandle<()>)> {
+    let (requests, inbox) = mpsc::channel(REQUESTS_MAX);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
+    let commit_interval = store.settings.commit_interval;
+    let worker = Worker {
+        store,
+        stats,
+        commit_interval,
+        waiting: Vec::new(),
+        waiting_messages: 0,
+        due: None,
+        changes: None,
+        offer: None,
+        turned: None,
+    };
+    let thread =
+        std::thread::Builder::new().name("store".into()).spawn(move || runtime.block_on(worker.run(inbox)))?;
+    Ok((Handle { requests }, thread))
+}
+
+struct Worker {
+    store: Store,
+    stats: Arc<Stats>,
+    commit_interval: [Duration; 3],
+    waiting: Vec<(Append, oneshot::Sender<Result<Accepted, NotAccepted>>)>,
+    waiting_messages: usize,
+    /// When the waiting appends commit at the latest.
+    due: Option<Instant>,
+    changes: Option<(u64, Vec<Change>)>,
+    /// The unanswered offer and its connection.
+    offer: Option<(u64, Offer)>,
+    turned: Option<mpsc::Sender<Turned>>,
+}
+
+impl Worker {
+    async fn run(mut self, mut requests: mpsc::Receiver<Request>) {
+        let mut closing = None;
+        while closing.is_none() {
+            match self.wait(&mut requests).await {
+                Wake::Request(request) => {
+                    closing = self.handle(request);
+                    // Whatever has arrived meanwhile shares the commit.
+                    while closing.is_none() && self.waiting_messages < COMMIT_MESSAGES {
+                        let Ok(request) = requests.try_recv() else { break };
+                        closing = self.handle(request);
+                    }
+                }
+                Wake::Due => {}
+                Wake::Closed => break,
+            }
+            if self.must_commit() || closing.is_some() {
+                self.commit();
+            }
+        }
+        self.store.close();
+        if let Some(reply) = closing {
+            let _gone = reply.send(());
+        }
+    }
+
+    async fn wait(&self, requests: &mut mpsc::Receiver<Request>) -> Wake {
+        let received = match self.wake_at() {
+            Some(at) => match tokio::time::timeout_at(at, requests.recv()).await {
+                Ok(received) => received,
+                Err(_) => return Wake::Due,
+            },
+            None => requests.recv().await,
+        };
+        received.map_or(Wake::Closed, Wake::Request)
+    }
+
+    /// The waiting appends' deadline, or the end of a hold that a parked offer waits for.
+    fn wake_at(&self) -> Option<Instant> {
+        let release = self.offer.as_ref().and_then(|_| {
+            let now = clock::now();
+            let (_, release) = self.store.waiting(now);
+            release.map(|at| Instant::now() + Duration::from_millis(at.saturating_sub(now.mono_ms).max(1)))
+        });
+        [self.due, release].into_iter().flatten().min()
+    }
+
+    /// Takes a request in; the reply of the last one of all is returned.
+    fn handle(&mut self, request: Request) -> Option<oneshot::Sender<()>> {
+        match request {
+            Request::Append { append, reply } => {
+                let interval = append.messages.iter().map(|m| self.commit_interval[m.lane as usize]).min();
+                let due = Instant::now() + interval.unwrap_or_default();
+                self.due = Some(self.due.map_or(due, |at| at.min(due)));
+                self.waiting_messages += append.messages.len();
+                self.waiting.push((append, reply));
+            }
+            Request::Turn(turn) => {
+                if turn.offer.is_some() {
+                    self.offer = turn.offer.map(|offer| (turn.connection, offer));
+                }
+                if !turn.changes.is_empty() {
+                    match &mut self.changes {
+                        Some((connection, changes)) if *connection == turn.connection => {
+                            changes.extend(turn.changes);
+                        }
+                        _ => {
+                            self.commit();
+                            self.changes = Some((turn.connection, turn.changes));
+                        }
+                    }
+                }
+            }
+            Request::Begin { owner, policy, unacked, turned, reply } => {
+                self.commit();
+                self.offer = None;
+                self.turned = Some(turned);
+                let begun = self.store.begin((&owner.0, &owner.1), policy, &unacked, clock::now());
+                let _gone = reply.send(begun.map_err(Arc::new));
+            }
+            Request::Look(reply) => {
+                let _gone = reply.send(self.store.look(clock::now()).map_err(Arc::new));
+            }
+            Request::Close(reply) => return Some(reply),
+        }
+        None
+    }
+
+    fn must_commit(&self) -> bool {
+        let due = self.due.is_some_and(|at| at <= Instant::now());
+        let work_for_offer = self.offer.is_some() && self.store.waiting(clock::now()).0;
+        let released = self.offer.is_some()
+            && self.store.waiting(clock::now()).1.is_some_and(|at| at <= clock::now().mono_ms);
+        self.changes.is_some()
+            || due
+            || work_for_offer
+            || released
+            || self.waiting_messages >= COMMIT_MESSAGES
+    }
+
+    fn commit(&mut self) {
+        self.due = None;
+        self.waiting_messages = 0;
+        let (appends, replies): (Vec<_>, Vec<_>) = std::mem::take(&mut self.waiting).into_iter().unzip();
+        let counts: Vec<usize> = appends.iter().map(|append| append.messages.len()).collect();
+        let changes = self.changes.take();
+        if appends.is_empty() && changes.is_none() && self.offer.is_none() {
+            return;
+        }
+        let batch = Batch {
+            appends,
+            changes: changes.as_ref().map(|(_, changes)| changes.clone()).unwrap_or_default(),
+            offer: self.offer.as_ref().map(|(_, offer)| offer.clone()),
+        };
+        match self.store.commit(batch, clock::now()) {
+            Ok(committed) => self.tell(committed, changes.map(|(connection, _)| connection), replies, &counts),
+            Err(error) => self.tell_failure(Arc::new(error), replies),
+        }
+    }
+
+    fn tell(
+        &mut self,
+        committed: Committed,
+        changed: Option<u64>,
+        replies: Vec<oneshot::Sender<Result<Accepted, NotAccepted>>>,
+        counts: &[usize],
+    ) {
+        for ((reply, outcome), count) in replies.into_iter().zip(committed.appends).zip(counts) {
+            match &outcome {
+                Ok(()) => self.stats.messages_accepted.add(*count as u64),
+                Err(_) => self.stats.messages_not_accepted.add(*count as u64),
+            }
+            let _gone = reply.send(outcome.map(|()| Accepted { messages: *count }));
+        }
+        self.stats.messages_delivered.add(committed.settled.delivered);
+        self.stats.possibly_doubled.add(committed.settled.possibly_doubled);
+        self.stats.possibly_lost.add(committed.settled.possibly_lost);
+        let offered = if committed.taken.is_empty() { None } else { self.offer.take() };
+        let connection = changed.or(offered.as_ref().map(|(connection, _)| *connection));
+        if let Some(connection) = connection {
+            self.turned(Turned::Done {
+                connection,
+                settled: changed.map(|_| committed.settled),
+                refused: committed.refused,
+                taken: offered.map(|_| committed.taken),
+            });
+        }
+    }
+
+    fn tell_failure(&mut self, error: Arc<StoreError>, replies: Vec<oneshot::Sender<Result<Accepted, NotAccepted>>>) {
+        tracing::error!(%error, "a commit failed; nothing of it was told to anybody");
+        self.offer = None;
+        for reply in replies {
+            self.stats.messages_not_accepted.increment();
+            let _gone = reply.send(Err(NotAccepted::Failed(error.clone())));
+        }
+        self.turned(Turned::Failed(error));
+    }
+
+    /// The session has at most one turn with changes and one offer unanswered, so its channel of four never
+    /// fills; if it is gone, the connection is.
+    fn turned(&mut self, turned: Turned) {
+        if let Some(channel) = &self.turned
+            && channel.try_send(turned).is_err()
+        {
+            self.turned = None;
+        }
+    }
+}
+
+enum Wake {
+    Request(Request),
+    Due,
+    Closed,
+}
