@@ -69,6 +69,8 @@ counters! {
     possibly_doubled,
     /// Messages that may be lost, because the broker lost the session and the policy is `drop`.
     possibly_lost,
+    /// Messages whose fate only the broker knew and could not tell: PUBCOMP 0x92, or a session no canary vouched for.
+    ambiguous,
     /// Messages in flight that had to be abandoned; whether the broker had them is unknown.
     abandoned,
     /// Messages the broker refused for now.

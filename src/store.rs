@@ -82,7 +82,9 @@ pub struct Faults {
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// Another process holds the database.
-    #[error("{path} is in use by another process; is fieldpost already running? (`systemctl status fieldpost`)")]
+    #[error(
+        "{path} is in use by another process; is fieldpost already running? (`systemctl status fieldpost`)"
+    )]
     InUse {
         /// The database file.
         path: PathBuf,
@@ -356,7 +358,12 @@ impl Store {
         }
         let quota = self.settings.quota;
         if append.closes.is_empty()
-            && !self.outbox.make_room(&self.db, Outbox::cost(&append.messages), quota, self.settings.when_full)?
+            && !self.outbox.make_room(
+                &self.db,
+                Outbox::cost(&append.messages),
+                quota,
+                self.settings.when_full,
+            )?
         {
             return Ok(Err(NotAccepted::QuotaFull { quota, used: self.outbox.bytes() }));
         }
@@ -394,7 +401,9 @@ impl Store {
                 self.session = session;
                 self.inbox = inbox;
             }
-            Err(error) => tracing::error!(%error, "the database could not be read again after a failed commit"),
+            Err(error) => {
+                tracing::error!(%error, "the database could not be read again after a failed commit")
+            }
         }
         error
     }
@@ -514,7 +523,9 @@ fn start(db: &Connection) -> Result<Boot, rusqlite::Error> {
         .unwrap_or((1, 0, String::new(), 0, String::new()));
     let copied = !machine.is_empty() && machine != machine_now;
     if copied {
-        tracing::warn!("the database comes from another machine: new epoch, the broker's session is discarded");
+        tracing::warn!(
+            "the database comes from another machine: new epoch, the broker's session is discarded"
+        );
         db.execute("UPDATE session SET clean_start = 1, canary = 0", [])?;
     }
     let boot = Boot {
@@ -546,7 +557,8 @@ fn reserve_path(path: &Path) -> PathBuf {
 fn keep_reserve(path: &Path) {
     let reserve = reserve_path(path);
     let fill = || -> io::Result<()> {
-        let file = fs::OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&reserve)?;
+        let file =
+            fs::OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&reserve)?;
         if file.metadata()?.len() < RESERVE_BYTES {
             rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, RESERVE_BYTES)?;
         }

@@ -190,18 +190,19 @@ impl Outbox {
         self.lanes.iter().map(|lane| lane.bytes).sum()
     }
 
-    /// Messages that are not done.
-    pub(crate) fn messages(&self) -> u64 {
-        self.lanes.iter().map(|lane| lane.messages).sum()
-    }
-
     /// Bytes the messages will take, about.
     pub(crate) fn cost(messages: &[Message]) -> u64 {
         messages.iter().map(|m| m.payload.len_max() as u64 + m.topic.as_str().len() as u64 + 16).sum()
     }
 
     /// Numbers and stores messages of any lanes; the caller has made room.
-    pub(crate) fn append(&mut self, db: &Connection, messages: Vec<Message>, boot: &Boot, now: Stamp) -> Sql<()> {
+    pub(crate) fn append(
+        &mut self,
+        db: &Connection,
+        messages: Vec<Message>,
+        boot: &Boot,
+        now: Stamp,
+    ) -> Sql<()> {
         let mut by_lane: [Vec<Entry>; 3] = Default::default();
         for message in messages {
             let lane = message.lane;
@@ -251,7 +252,13 @@ impl Outbox {
 
     /// Drops the oldest records of the lowest lanes that are not in flight, until `need` more bytes fit.
     /// Returns whether they do.
-    pub(crate) fn make_room(&mut self, db: &Connection, need: u64, quota: u64, policy: WhenFull) -> Sql<bool> {
+    pub(crate) fn make_room(
+        &mut self,
+        db: &Connection,
+        need: u64,
+        quota: u64,
+        policy: WhenFull,
+    ) -> Sql<bool> {
         if self.bytes() + need <= quota {
             return Ok(true);
         }
@@ -274,8 +281,15 @@ impl Outbox {
     }
 
     /// Marks a record done and counts it as dropped.
-    pub(crate) fn drop_record(&mut self, db: &Connection, lane: Lane, seq: u64, reason: DropReason) -> Sql<()> {
-        let dropped = self.dropped.entry((lane, reason)).or_insert(Dropped { first: seq, last: seq, count: 0 });
+    pub(crate) fn drop_record(
+        &mut self,
+        db: &Connection,
+        lane: Lane,
+        seq: u64,
+        reason: DropReason,
+    ) -> Sql<()> {
+        let dropped =
+            self.dropped.entry((lane, reason)).or_insert(Dropped { first: seq, last: seq, count: 0 });
         dropped.first = dropped.first.min(seq);
         dropped.last = dropped.last.max(seq);
         dropped.count += 1;
@@ -316,7 +330,13 @@ impl Outbox {
     }
 
     /// The next record that may be sent, marked as taken. `None`: nothing now.
-    pub(crate) fn take(&mut self, db: &Connection, lane: Lane, boot: &Boot, now: Stamp) -> Sql<Option<Record>> {
+    pub(crate) fn take(
+        &mut self,
+        db: &Connection,
+        lane: Lane,
+        boot: &Boot,
+        now: Stamp,
+    ) -> Sql<Option<Record>> {
         if self.lane(lane).held_until_mono_ms > now.mono_ms {
             return Ok(None);
         }
@@ -418,7 +438,14 @@ impl Outbox {
     }
 
     /// Unfinished QoS 1 records older than `seq`, marked as taken: sent before it, they keep the order.
-    pub(crate) fn older(&mut self, db: &Connection, lane: Lane, seq: u64, boot: &Boot, now: Stamp) -> Sql<Vec<Record>> {
+    pub(crate) fn older(
+        &mut self,
+        db: &Connection,
+        lane: Lane,
+        seq: u64,
+        boot: &Boot,
+        now: Stamp,
+    ) -> Sql<Vec<Record>> {
         let mut older = Vec::new();
         let mut passed = Vec::new();
         while let Some(candidate) = self.candidate(db, lane)? {
@@ -459,7 +486,14 @@ impl Outbox {
     }
 
     /// Puts a refused record back and holds its topic or its lane.
-    pub(crate) fn hold(&mut self, db: &Connection, lane: Lane, seq: u64, hold: Hold, until_mono_ms: u64) -> Sql<()> {
+    pub(crate) fn hold(
+        &mut self,
+        db: &Connection,
+        lane: Lane,
+        seq: u64,
+        hold: Hold,
+        until_mono_ms: u64,
+    ) -> Sql<()> {
         let topic = self.record(db, lane, seq)?.map(|record| record.topic);
         let queue = self.lane(lane);
         queue.taken.remove(&seq);
@@ -496,13 +530,22 @@ impl Outbox {
         for lane in Lane::ALL {
             let queue = self.lane(lane);
             for (first, open) in queue.open.iter_mut().filter(|(_, open)| open.changed) {
-                db.prepare_cached("INSERT INTO progress VALUES (?1, ?2) ON CONFLICT (segment) DO UPDATE SET done = ?2")?
-                    .execute(params![key(lane, *first), open.done])?;
+                db.prepare_cached(
+                    "INSERT INTO progress VALUES (?1, ?2) ON CONFLICT (segment) DO UPDATE SET done = ?2",
+                )?
+                .execute(params![key(lane, *first), open.done])?;
                 open.changed = false;
             }
             if queue.changed {
-                db.prepare_cached("UPDATE lane SET next_seq = ?2, messages = ?3, bytes = ?4 WHERE lane = ?1")?
-                    .execute(params![lane as i64, queue.next_seq, queue.messages, queue.bytes])?;
+                db.prepare_cached(
+                    "UPDATE lane SET next_seq = ?2, messages = ?3, bytes = ?4 WHERE lane = ?1",
+                )?
+                .execute(params![
+                    lane as i64,
+                    queue.next_seq,
+                    queue.messages,
+                    queue.bytes
+                ])?;
                 queue.changed = false;
             }
         }
@@ -515,7 +558,13 @@ impl Outbox {
                 "INSERT INTO gap VALUES (?1, ?2, ?3, ?4, ?5) ON CONFLICT DO UPDATE SET
                  first_seq = min(first_seq, ?3), last_seq = max(last_seq, ?4), count = count + ?5",
             )?
-            .execute(params![lane as i64, reason.name(), dropped.first, dropped.last, dropped.count])?;
+            .execute(params![
+                lane as i64,
+                reason.name(),
+                dropped.first,
+                dropped.last,
+                dropped.count
+            ])?;
         }
         Ok(())
     }
@@ -583,7 +632,9 @@ impl LaneQueue {
             return Ok(false);
         };
         let (kernel_boot, wall_ms, mono_ms, packing, body): (u32, i64, u64, i64, Vec<u8>) = db
-            .prepare_cached("SELECT kernel_boot, accepted_ms, accepted_mono, packing, body FROM segment WHERE id = ?")?
+            .prepare_cached(
+                "SELECT kernel_boot, accepted_ms, accepted_mono, packing, body FROM segment WHERE id = ?",
+            )?
             .query_row([key(lane, first)], |row| {
                 Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?, row.get(4)?))
             })?;

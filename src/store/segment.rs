@@ -159,7 +159,13 @@ impl Reader {
     }
 
     /// `None`: the layout is lost. `Some(None)`: this record is damaged, the next one may be whole.
-    fn record(&mut self, lane: Lane, seq: u64, accepted_ms: i64, topics: &[Option<Topic>]) -> Option<Option<Entry>> {
+    fn record(
+        &mut self,
+        lane: Lane,
+        seq: u64,
+        accepted_ms: i64,
+        topics: &[Option<Topic>],
+    ) -> Option<Option<Entry>> {
         let start = self.at;
         let flags = self.bytes(1)?[0];
         let index = self.number()?;
@@ -281,7 +287,8 @@ mod tests {
 
     #[test]
     fn a_flipped_bit_never_changes_what_is_read() {
-        let entries = vec![entry("a/b", Qos::AtLeastOnce, b"first"), entry("a/b", Qos::ExactlyOnce, b"second")];
+        let entries =
+            vec![entry("a/b", Qos::AtLeastOnce, b"first"), entry("a/b", Qos::ExactlyOnce, b"second")];
         let (_, body) = encode(Lane::Normal, Seq(1), 0, &entries);
         for bit in 0..body.len() * 8 {
             let mut damaged = body.clone();

@@ -107,7 +107,8 @@ impl SessionTable {
         boot: &Boot,
         now: Stamp,
     ) -> Sql<Begin> {
-        let rows: Vec<Row> = self.rows.values().copied().filter(|row| row.state != RowState::Abandoned).collect();
+        let rows: Vec<Row> =
+            self.rows.values().copied().filter(|row| row.state != RowState::Abandoned).collect();
         outbox.give_back_unless(|lane, seq| {
             unacked.contains(&(lane, Seq(seq))) || rows.iter().any(|row| (row.lane, row.seq) == (lane, seq))
         });
@@ -130,7 +131,14 @@ impl SessionTable {
                     state = RowState::Abandoned;
                 }
             }
-            resume.push(Resume::Row { id, state, send_no: row.send_no, record, lane: row.lane, seq: Seq(row.seq) });
+            resume.push(Resume::Row {
+                id,
+                state,
+                send_no: row.send_no,
+                record,
+                lane: row.lane,
+                seq: Seq(row.seq),
+            });
         }
         self.fresh = false;
         let mut statement = db.prepare("SELECT pkid, hash FROM rx_open")?;
@@ -251,8 +259,12 @@ impl SessionTable {
     }
 
     fn insert(&mut self, db: &Connection, id: PacketId, record: &Record) -> Sql<()> {
-        let row =
-            Row { lane: record.lane, seq: record.seq.0, send_no: self.next_send_no, state: RowState::Published };
+        let row = Row {
+            lane: record.lane,
+            seq: record.seq.0,
+            send_no: self.next_send_no,
+            state: RowState::Published,
+        };
         self.rows.insert(id.get(), row);
         db.prepare_cached("INSERT INTO inflight VALUES (?, ?, ?, ?, 1)")?
             .execute(params![id.get(), row.lane as i64, row.seq, row.send_no])
@@ -363,4 +375,3 @@ fn bury(
 
 /// Dead letters kept for people to look at; the oldest goes first. Each is counted when it dies.
 const DEAD_LETTERS_MAX: u64 = 1_000;
-

@@ -98,7 +98,10 @@ pub enum Turned {
 }
 
 enum Request {
-    Append { append: Append, reply: oneshot::Sender<Result<Accepted, NotAccepted>> },
+    Append {
+        append: Append,
+        reply: oneshot::Sender<Result<Accepted, NotAccepted>>,
+    },
     Turn(Turn),
     Begin {
         owner: (String, String),
@@ -136,7 +139,11 @@ impl Handle {
     ///
     /// # Errors
     /// [`NotAccepted`].
-    pub async fn report_gaps(&self, messages: Vec<Message>, closes: Vec<Gap>) -> Result<Accepted, NotAccepted> {
+    pub async fn report_gaps(
+        &self,
+        messages: Vec<Message>,
+        closes: Vec<Gap>,
+    ) -> Result<Accepted, NotAccepted> {
         self.append_all(Append { messages, closes }).await
     }
 
@@ -205,8 +212,9 @@ pub fn spawn(store: Store, stats: Arc<Stats>) -> io::Result<(Handle, JoinHandle<
         offer: None,
         turned: None,
     };
-    let thread =
-        std::thread::Builder::new().name("store".into()).spawn(move || runtime.block_on(worker.run(inbox)))?;
+    let thread = std::thread::Builder::new()
+        .name("store".into())
+        .spawn(move || runtime.block_on(worker.run(inbox)))?;
     Ok((Handle { requests }, thread))
 }
 
@@ -339,7 +347,9 @@ impl Worker {
             offer: self.offer.as_ref().map(|(_, offer)| offer.clone()),
         };
         match self.store.commit(batch, clock::now()) {
-            Ok(committed) => self.tell(committed, changes.map(|(connection, _)| connection), replies, &counts),
+            Ok(committed) => {
+                self.tell(committed, changes.map(|(connection, _)| connection), replies, &counts)
+            }
             Err(error) => self.tell_failure(Arc::new(error), replies),
         }
     }
@@ -373,7 +383,11 @@ impl Worker {
         }
     }
 
-    fn tell_failure(&mut self, error: Arc<StoreError>, replies: Vec<oneshot::Sender<Result<Accepted, NotAccepted>>>) {
+    fn tell_failure(
+        &mut self,
+        error: Arc<StoreError>,
+        replies: Vec<oneshot::Sender<Result<Accepted, NotAccepted>>>,
+    ) {
         tracing::error!(%error, "a commit failed; nothing of it was told to anybody");
         self.offer = None;
         for reply in replies {

@@ -85,7 +85,7 @@ pub struct Connect {
     pub will: Option<Will>,
     /// User name.
     pub username: Option<String>,
-    /// Password. Never printed: this type has no `Debug`.
+    /// Password. Never printed.
     pub password: Option<String>,
 }
 
@@ -142,8 +142,19 @@ pub struct Publish {
     pub correlation_data: Option<Bytes>,
 }
 
+impl std::fmt::Debug for Connect {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Connect")
+            .field("client_id", &self.client_id)
+            .field("clean", &self.clean)
+            .field("keep_alive_s", &self.keep_alive_s)
+            .field("username", &self.username)
+            .finish_non_exhaustive()
+    }
+}
+
 /// Every packet a client sends or receives.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Packet {
     /// Ours only.
     Connect(Box<Connect>),
