@@ -286,12 +286,40 @@ impl Store {
         outcome.map_err(|source| self.recover(source))
     }
 
+    /// Takes an epoch and a boot counter above those that were heard of, and asks for a clean start: the
+    /// database is a copy of the past.
+    ///
+    /// # Errors
+    /// Nothing was done; see [`Store::commit`].
+    pub fn disown(&mut self, epoch: u32, boot: u32, policy: OnSessionLoss) -> Result<Settled, StoreError> {
+        let boot = Boot {
+            epoch: self.boot.epoch.max(epoch).saturating_add(1),
+            boot: self.boot.boot.max(boot).saturating_add(1),
+            kernel_boot: self.boot.kernel_boot,
+        };
+        let outcome = self.transaction(|store| {
+            let mut settled = Settled::default();
+            store.session.disown(&store.db, &mut store.outbox, policy, &mut settled)?;
+            store.db.execute("UPDATE meta SET epoch = ?, boot = ?", params![boot.epoch, boot.boot])?;
+            store.outbox.write_changes(&store.db)?;
+            Ok(settled)
+        });
+        let settled = outcome.map_err(|source| self.recover(source))?;
+        self.boot = boot;
+        Ok(settled)
+    }
+
     /// What screens show.
     ///
     /// # Errors
     /// SQLite's, when the tables cannot be read.
     pub fn look(&self, now: Stamp) -> Result<Look, StoreError> {
         self.read(now).map_err(|source| sqlite_error(&self.settings.path, source))
+    }
+
+    /// A number SQLite reports of itself, `synchronous` for one; -1 when it does not know it.
+    pub fn pragma(&self, name: &str) -> i64 {
+        self.db.pragma_query_value(None, name, |row| row.get(0)).unwrap_or(-1)
     }
 
     /// Whether anything waits to be taken, and when the next held message is free again (monotonic ms).

@@ -127,6 +127,8 @@ pub struct Offer {
     pub ids: Vec<PacketId>,
     /// How many of them may go to QoS 2 messages.
     pub qos2_room: usize,
+    /// Bytes of payloads that may be taken, about: at least one message is, if there is an identifier.
+    pub max_bytes: usize,
     /// The broker's Maximum QoS: anything above is taken at this QoS.
     pub max_qos: Qos,
     /// The largest PUBLISH the broker takes, in encoded bytes; larger messages become dead letters.
@@ -185,4 +187,6 @@ pub struct Begin {
     pub boot: u32,
     /// The store's epoch.
     pub epoch: u32,
+    /// Messages that are not done.
+    pub queued: u64,
 }

@@ -190,6 +190,11 @@ impl Outbox {
         self.lanes.iter().map(|lane| lane.bytes).sum()
     }
 
+    /// Messages that are not done.
+    pub(crate) fn messages(&self) -> u64 {
+        self.lanes.iter().map(|lane| lane.messages).sum()
+    }
+
     /// Bytes the messages will take, about.
     pub(crate) fn cost(messages: &[Message]) -> u64 {
         messages.iter().map(|m| m.payload.len_max() as u64 + m.topic.as_str().len() as u64 + 16).sum()

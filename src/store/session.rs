@@ -98,6 +98,18 @@ impl SessionTable {
         Ok(())
     }
 
+    /// The database turned out to be a copy of the past: what its rows say of the broker's session is void.
+    pub(crate) fn disown(
+        &mut self,
+        db: &Connection,
+        outbox: &mut Outbox,
+        policy: OnSessionLoss,
+        settled: &mut Settled,
+    ) -> Sql<()> {
+        self.requeue_all(db, outbox, policy, settled)?;
+        db.execute("UPDATE session SET uncertain = 0, clean_start = 1, canary = 0", []).map(drop)
+    }
+
     /// What the session starts from. `unacked`: QoS 1 messages it still holds itself.
     pub(crate) fn resume(
         &mut self,
@@ -158,6 +170,7 @@ impl SessionTable {
                 rx_open,
                 boot: boot.boot,
                 epoch: boot.epoch,
+                queued: outbox.messages(),
             })
         })
     }
@@ -225,10 +238,11 @@ impl SessionTable {
     ) -> Sql<Vec<Taken>> {
         let mut taken = Vec::new();
         let mut qos2_room = offer.qos2_room;
+        let mut bytes_left = offer.max_bytes;
         let mut ids = offer.ids.iter().copied();
         let mut next_id = ids.next();
         'lanes: for lane in Lane::ALL {
-            while let Some(id) = next_id {
+            while let Some(id) = next_id.filter(|_| bytes_left > 0) {
                 let Some(record) = outbox.take(db, lane, boot, now)? else { continue 'lanes };
                 if offer.max_publish_bytes.is_some_and(|max| encoded_publish_max(&record) > max as usize) {
                     let (lane, seq) = (record.lane, record.seq);
@@ -244,6 +258,7 @@ impl SessionTable {
                     qos2_room -= 1;
                     self.insert(db, id, &record)?;
                 }
+                bytes_left = bytes_left.saturating_sub(record.payload.len());
                 taken.push(Taken { id, send_no: self.next_send_no, qos, record });
                 self.next_send_no += 1;
                 next_id = ids.next();

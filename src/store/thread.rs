@@ -20,6 +20,8 @@ use crate::turn::{Begin, Change, Offer, OnSessionLoss, Taken};
 
 /// Requests that wait for the thread, at most.
 const REQUESTS_MAX: usize = 256;
+/// Turns that wait for the thread: one with changes, one with an offer, one that ends a connection.
+const TURNS_MAX: usize = 8;
 /// Messages of one commit, about.
 const COMMIT_MESSAGES: usize = 4096;
 
@@ -102,13 +104,18 @@ enum Request {
         append: Append,
         reply: oneshot::Sender<Result<Accepted, NotAccepted>>,
     },
-    Turn(Turn),
     Begin {
         owner: (String, String),
         policy: OnSessionLoss,
         unacked: Vec<(Lane, Seq)>,
         turned: mpsc::Sender<Turned>,
         reply: oneshot::Sender<Result<(Begin, Settled), Arc<StoreError>>>,
+    },
+    Disown {
+        epoch: u32,
+        boot: u32,
+        policy: OnSessionLoss,
+        reply: oneshot::Sender<Result<Settled, Arc<StoreError>>>,
     },
     Look(oneshot::Sender<Result<Look, Arc<StoreError>>>),
     Close(oneshot::Sender<()>),
@@ -118,6 +125,8 @@ enum Request {
 #[derive(Debug, Clone)]
 pub struct Handle {
     requests: mpsc::Sender<Request>,
+    /// Apart from the rest, so that the session never waits behind a crowd of producers.
+    turns: mpsc::Sender<Turn>,
 }
 
 impl std::fmt::Debug for Request {
@@ -157,7 +166,7 @@ impl Handle {
     /// Hands a turn over; its outcome comes through the channel given to [`Handle::begin`].
     /// `false`: the store has stopped.
     pub async fn turn(&self, turn: Turn) -> bool {
-        self.requests.send(Request::Turn(turn)).await.is_ok()
+        self.turns.send(turn).await.is_ok()
     }
 
     /// Begins a connection; see [`Store::begin`]. Outcomes of its turns go to `turned`.
@@ -174,6 +183,21 @@ impl Handle {
         let (reply, answer) = oneshot::channel();
         let request = Request::Begin { owner, policy, unacked, turned, reply };
         self.requests.send(request).await.map_err(|_| None)?;
+        answer.await.map_err(|_| None)?.map_err(Some)
+    }
+
+    /// The database is a copy of the past; see [`Store::disown`].
+    ///
+    /// # Errors
+    /// The store's; `None` when it has stopped.
+    pub async fn disown(
+        &self,
+        epoch: u32,
+        boot: u32,
+        policy: OnSessionLoss,
+    ) -> Result<Settled, Option<Arc<StoreError>>> {
+        let (reply, answer) = oneshot::channel();
+        self.requests.send(Request::Disown { epoch, boot, policy, reply }).await.map_err(|_| None)?;
         answer.await.map_err(|_| None)?.map_err(Some)
     }
 
@@ -199,6 +223,7 @@ impl Handle {
 /// The operating system's, when it gives no thread.
 pub fn spawn(store: Store, stats: Arc<Stats>) -> io::Result<(Handle, JoinHandle<()>)> {
     let (requests, inbox) = mpsc::channel(REQUESTS_MAX);
+    let (turns, session) = mpsc::channel(TURNS_MAX);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
     let commit_interval = store.settings.commit_interval;
     let worker = Worker {
@@ -214,8 +239,8 @@ pub fn spawn(store: Store, stats: Arc<Stats>) -> io::Result<(Handle, JoinHandle<
     };
     let thread = std::thread::Builder::new()
         .name("store".into())
-        .spawn(move || runtime.block_on(worker.run(inbox)))?;
-    Ok((Handle { requests }, thread))
+        .spawn(move || runtime.block_on(worker.run(inbox, session)))?;
+    Ok((Handle { requests, turns }, thread))
 }
 
 struct Worker {
@@ -233,20 +258,22 @@ struct Worker {
 }
 
 impl Worker {
-    async fn run(mut self, mut requests: mpsc::Receiver<Request>) {
+    async fn run(mut self, mut requests: mpsc::Receiver<Request>, mut turns: mpsc::Receiver<Turn>) {
         let mut closing = None;
         while closing.is_none() {
-            match self.wait(&mut requests).await {
-                Wake::Request(request) => {
-                    closing = self.handle(request);
-                    // Whatever has arrived meanwhile shares the commit.
-                    while closing.is_none() && self.waiting_messages < COMMIT_MESSAGES {
-                        let Ok(request) = requests.try_recv() else { break };
-                        closing = self.handle(request);
-                    }
-                }
+            match self.wait(&mut requests, &mut turns).await {
+                Wake::Turn(turn) => self.take_turn(turn),
+                Wake::Request(request) => closing = self.handle(request, &mut turns),
                 Wake::Due => {}
                 Wake::Closed => break,
+            }
+            // Whatever has arrived meanwhile shares the commit.
+            while let Ok(turn) = turns.try_recv() {
+                self.take_turn(turn);
+            }
+            while closing.is_none() && self.waiting_messages < COMMIT_MESSAGES {
+                let Ok(request) = requests.try_recv() else { break };
+                closing = self.handle(request, &mut turns);
             }
             if self.must_commit() || closing.is_some() {
                 self.commit();
@@ -258,15 +285,20 @@ impl Worker {
         }
     }
 
-    async fn wait(&self, requests: &mut mpsc::Receiver<Request>) -> Wake {
-        let received = match self.wake_at() {
-            Some(at) => match tokio::time::timeout_at(at, requests.recv()).await {
-                Ok(received) => received,
-                Err(_) => return Wake::Due,
-            },
-            None => requests.recv().await,
+    async fn wait(&self, requests: &mut mpsc::Receiver<Request>, turns: &mut mpsc::Receiver<Turn>) -> Wake {
+        let wake_at = self.wake_at();
+        let due = async move {
+            match wake_at {
+                Some(at) => tokio::time::sleep_until(at).await,
+                None => std::future::pending().await,
+            }
         };
-        received.map_or(Wake::Closed, Wake::Request)
+        tokio::select! {
+            biased;
+            Some(turn) = turns.recv() => Wake::Turn(turn),
+            request = requests.recv() => request.map_or(Wake::Closed, Wake::Request),
+            () = due => Wake::Due,
+        }
     }
 
     /// The waiting appends' deadline, or the end of a hold that a parked offer waits for.
@@ -280,7 +312,11 @@ impl Worker {
     }
 
     /// Takes a request in; the reply of the last one of all is returned.
-    fn handle(&mut self, request: Request) -> Option<oneshot::Sender<()>> {
+    fn handle(
+        &mut self,
+        request: Request,
+        turns: &mut mpsc::Receiver<Turn>,
+    ) -> Option<oneshot::Sender<()>> {
         match request {
             Request::Append { append, reply } => {
                 let interval = append.messages.iter().map(|m| self.commit_interval[m.lane as usize]).min();
@@ -289,28 +325,21 @@ impl Worker {
                 self.waiting_messages += append.messages.len();
                 self.waiting.push((append, reply));
             }
-            Request::Turn(turn) => {
-                if turn.offer.is_some() {
-                    self.offer = turn.offer.map(|offer| (turn.connection, offer));
-                }
-                if !turn.changes.is_empty() {
-                    match &mut self.changes {
-                        Some((connection, changes)) if *connection == turn.connection => {
-                            changes.extend(turn.changes);
-                        }
-                        _ => {
-                            self.commit();
-                            self.changes = Some((turn.connection, turn.changes));
-                        }
-                    }
-                }
-            }
             Request::Begin { owner, policy, unacked, turned, reply } => {
+                // What the last connection left is committed first.
+                while let Ok(turn) = turns.try_recv() {
+                    self.take_turn(turn);
+                }
                 self.commit();
                 self.offer = None;
                 self.turned = Some(turned);
                 let begun = self.store.begin((&owner.0, &owner.1), policy, &unacked, clock::now());
                 let _gone = reply.send(begun.map_err(Arc::new));
+            }
+            Request::Disown { epoch, boot, policy, reply } => {
+                self.offer = None;
+                let disowned = self.store.disown(epoch, boot, policy);
+                let _gone = reply.send(disowned.map_err(Arc::new));
             }
             Request::Look(reply) => {
                 let _gone = reply.send(self.store.look(clock::now()).map_err(Arc::new));
@@ -318,6 +347,23 @@ impl Worker {
             Request::Close(reply) => return Some(reply),
         }
         None
+    }
+
+    fn take_turn(&mut self, turn: Turn) {
+        let Turn { connection, changes, offer } = turn;
+        if let Some(offer) = offer {
+            self.offer = Some((connection, offer));
+        }
+        if changes.is_empty() {
+            return;
+        }
+        match &mut self.changes {
+            Some((of, waiting)) if *of == connection => waiting.extend(changes),
+            _ => {
+                self.commit();
+                self.changes = Some((connection, changes));
+            }
+        }
     }
 
     fn must_commit(&self) -> bool {
@@ -409,6 +455,7 @@ impl Worker {
 }
 
 enum Wake {
+    Turn(Turn),
     Request(Request),
     Due,
     Closed,

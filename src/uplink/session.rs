@@ -20,6 +20,8 @@ use crate::turn::{Begin, Change, Hold, Inbound, Offer, OnSessionLoss, Resume, Ro
 
 /// Identifiers 1 to this are for SUBSCRIBE, the canary and presence; messages go round above it.
 const OWN_ID_MAX: u16 = 1023;
+/// Bytes of payloads held for sending again, about: beyond it no more messages are taken.
+const FLIGHT_MAX_BYTES: usize = 8 << 20;
 /// Presence and health messages that wait for room, at most: one for every unit state of a large plant.
 const OWN_WAITING_MAX: usize = 1024;
 /// How long the canary's echo may lag behind its PUBACK, in milliseconds.
@@ -206,6 +208,11 @@ pub struct Carry {
 }
 
 impl Carry {
+    /// The store has read its tables again and will hand the QoS 1 messages out anew.
+    pub fn after_store_failure(self) -> Self {
+        Carry { unacked: Vec::new(), ..self }
+    }
+
     /// The QoS 1 messages that are still in flight.
     pub fn unacked(&self) -> Vec<(Lane, Seq)> {
         self.unacked.iter().map(|flight| (flight.lane, flight.seq)).collect()
@@ -913,6 +920,11 @@ impl Session {
         usize::from(self.settings.qos2_window).saturating_sub(self.qos2_in_flight).min(self.room())
     }
 
+    fn flight_bytes(&self) -> usize {
+        let held = |flight: &Flight| flight.record.as_ref().map_or(0, |record| record.payload.len());
+        self.flights.values().map(held).sum()
+    }
+
     /// Identifiers that nothing uses, going round, so that one is used again as late as possible.
     fn free_ids(&mut self, count: usize) -> Vec<PacketId> {
         let mut ids = Vec::with_capacity(count);
@@ -1029,7 +1041,7 @@ impl Session {
     fn subscribe(&mut self, now_ms: u64) {
         let mut filters = vec![
             (self.settings.canary.to_string(), Qos::AtMostOnce),
-            (self.settings.presence.to_string(), Qos::AtMostOnce),
+            (self.settings.presence.to_string(), Qos::AtLeastOnce),
         ];
         filters.extend(self.settings.commands.iter().cloned());
         self.phase = Phase::Subscribing;
@@ -1107,6 +1119,7 @@ impl Session {
         Some(Offer {
             ids: self.free_ids(room),
             qos2_room: self.qos2_room(),
+            max_bytes: FLIGHT_MAX_BYTES.saturating_sub(self.flight_bytes()),
             max_qos: self.max_qos(),
             max_publish_bytes: self.limits.max_packet_bytes,
         })

@@ -1,0 +1,509 @@
+//! The outbox database through its synchronous face, on real files.
+
+#![allow(clippy::unwrap_used)]
+
+use std::path::Path;
+use std::time::Duration;
+
+use bytes::Bytes;
+use fieldpost::clock::{self, Stamp};
+use fieldpost::message::{Lane, Message, PacketId, Payload, Qos, Seq, Topic};
+use fieldpost::store::{Append, Batch, Committed, Faults, NotAccepted, Settings, Store, StoreError, WhenFull};
+use fieldpost::turn::{Begin, Change, Hold, Inbound, Offer, OnSessionLoss, Resume, RowState, Taken};
+
+fn settings(folder: &Path) -> Settings {
+    Settings {
+        path: folder.join("outbox.db"),
+        quota: 64 << 20,
+        when_full: WhenFull::DropOldest,
+        commit_interval: [Duration::ZERO; 3],
+        faults: Faults::default(),
+    }
+}
+
+fn open(folder: &Path) -> Store {
+    Store::open(settings(folder)).unwrap()
+}
+
+fn message(topic: &str, qos: Qos, text: &str) -> Message {
+    Message {
+        topic: Topic::new(topic).unwrap(),
+        qos,
+        retain: false,
+        lane: Lane::Normal,
+        at: clock::now(),
+        expires_after: None,
+        payload: Payload::Whole(Bytes::copy_from_slice(text.as_bytes())),
+    }
+}
+
+fn accept(store: &mut Store, messages: Vec<Message>) -> Committed {
+    let append = Append { messages, closes: Vec::new() };
+    store.commit(Batch { appends: vec![append], ..Batch::default() }, clock::now()).unwrap()
+}
+
+fn texts(topic: &str, qos: Qos, range: std::ops::Range<u32>) -> Vec<Message> {
+    range.map(|n| message(topic, qos, &n.to_string())).collect()
+}
+
+fn offer(first_id: u16, count: u16) -> Offer {
+    Offer {
+        ids: (first_id..first_id + count).map(|id| PacketId::new(id).unwrap()).collect(),
+        qos2_room: usize::from(count),
+        max_bytes: 1 << 20,
+        max_qos: Qos::ExactlyOnce,
+        max_publish_bytes: None,
+    }
+}
+
+fn take_at(store: &mut Store, offer: Offer, now: Stamp) -> Vec<Taken> {
+    store.commit(Batch { offer: Some(offer), ..Batch::default() }, now).unwrap().taken
+}
+
+fn take(store: &mut Store, first_id: u16, count: u16) -> Vec<Taken> {
+    take_at(store, offer(first_id, count), clock::now())
+}
+
+fn settle(store: &mut Store, changes: Vec<Change>) -> Committed {
+    store.commit(Batch { changes, ..Batch::default() }, clock::now()).unwrap()
+}
+
+fn begin(store: &mut Store, broker: &str) -> Begin {
+    store.begin((broker, "client"), OnSessionLoss::Republish, &[], clock::now()).unwrap().0
+}
+
+fn payloads(taken: &[Taken]) -> Vec<String> {
+    taken.iter().map(|taken| String::from_utf8(taken.record.payload.to_vec()).unwrap()).collect()
+}
+
+fn id(number: u16) -> PacketId {
+    PacketId::new(number).unwrap()
+}
+
+#[test]
+fn messages_come_out_in_order_alarms_first() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut store = open(folder.path());
+    accept(&mut store, texts("t", Qos::AtLeastOnce, 0..3));
+    let alarm = Message { lane: Lane::Alarm, ..message("a", Qos::AtLeastOnce, "alarm") };
+    accept(&mut store, vec![alarm]);
+    assert_eq!(payloads(&take(&mut store, 2000, 10)), ["alarm", "0", "1", "2"]);
+    assert!(take(&mut store, 3000, 10).is_empty());
+}
+
+#[test]
+fn what_is_accepted_is_there_after_opening_again_and_numbers_never_restart() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut store = open(folder.path());
+    accept(&mut store, texts("t", Qos::AtLeastOnce, 0..3));
+    let done = take(&mut store, 2000, 3).into_iter().map(|taken| Change::Acknowledged {
+        lane: taken.record.lane,
+        seq: taken.record.seq,
+    });
+    settle(&mut store, done.collect());
+    assert_eq!(store.look(clock::now()).unwrap().used_bytes, 0, "a drained queue takes no space");
+    drop(store);
+    let mut store = open(folder.path());
+    accept(&mut store, texts("t", Qos::AtLeastOnce, 3..4));
+    let taken = take(&mut store, 2000, 3);
+    assert_eq!((payloads(&taken), taken[0].record.seq), (vec!["3".to_owned()], Seq(4)));
+}
+
+#[test]
+fn a_numbered_payload_carries_the_number_it_was_accepted_under() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut store = open(folder.path());
+    let numbered = || Message {
+        payload: Payload::Numbered(b"{\"v\":1".to_vec()),
+        ..message("t", Qos::ExactlyOnce, "")
+    };
+    accept(&mut store, vec![numbered(), numbered()]);
+    assert_eq!(
+        payloads(&take(&mut store, 2000, 2)),
+        [r#"{"v":1,"epoch":1,"seq":1}"#, r#"{"v":1,"epoch":1,"seq":2}"#]
+    );
+}
+
+#[test]
+fn a_qos_2_message_has_its_row_when_it_is_handed_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut store = open(folder.path());
+    begin(&mut store, "b");
+    settle(&mut store, vec![Change::SessionAbsent(OnSessionLoss::Republish)]);
+    accept(&mut store, texts("t", Qos::ExactlyOnce, 0..2));
+    take(&mut store, 2000, 2);
+    settle(&mut store, vec![Change::Received(id(2001))]);
+    drop(store);
+    let begin = begin(&mut open(folder.path()), "b");
+    let rows: Vec<_> = begin
+        .resume
+        .iter()
+        .map(|resume| match resume {
+            Resume::Row { id, state, record, .. } => (id.get(), *state, record.is_some()),
+            Resume::Older(_) => panic!("nothing is older"),
+        })
+        .collect();
+    assert_eq!(rows, [(2000, RowState::Published, true), (2001, RowState::Received, false)]);
+    assert!(begin.session_uncertain, "committed before CONNECT while rows are in flight");
+}
+
+#[test]
+fn done_bit_and_row_go_in_one_transaction() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut store = open(folder.path());
+    accept(&mut store, texts("t", Qos::ExactlyOnce, 0..2));
+    take(&mut store, 2000, 2);
+    let committed = settle(&mut store, vec![Change::Received(id(2000)), Change::Completed(id(2000))]);
+    assert_eq!(committed.settled.delivered, 1);
+    drop(store);
+    let mut store = open(folder.path());
+    let look = store.look(clock::now()).unwrap();
+    assert_eq!((look.rows, look.lanes[1].messages), (1, 1));
+    assert!(take(&mut store, 3000, 10).is_empty(), "the other one has its row");
+}
+
+#[test]
+fn a_new_database_asks_for_a_clean_start() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut store = open(folder.path());
+    assert!(begin(&mut store, "b").clean_start_needed);
+    drop(store);
+    let mut store = open(folder.path());
+    assert!(begin(&mut store, "b").clean_start_needed, "until an absent session was committed");
+    settle(&mut store, vec![Change::SessionAbsent(OnSessionLoss::Republish)]);
+    assert!(!begin(&mut store, "b").clean_start_needed);
+}
+
+#[test]
+fn another_broker_or_client_id_takes_the_rows_back_before_connect() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut store = open(folder.path());
+    begin(&mut store, "one");
+    settle(&mut store, vec![Change::SessionAbsent(OnSessionLoss::Republish)]);
+    accept(&mut store, texts("t", Qos::ExactlyOnce, 0..2));
+    take(&mut store, 2000, 2);
+    settle(&mut store, vec![Change::Received(id(2000))]);
+    let (begin, settled) =
+        store.begin(("two", "client"), OnSessionLoss::Republish, &[], clock::now()).unwrap();
+    assert!(begin.clean_start_needed && begin.resume.is_empty() && !begin.session_uncertain);
+    assert_eq!(settled.possibly_doubled, 1, "the one after PUBREC");
+    assert_eq!(payloads(&take(&mut store, 2002, 5)), ["0", "1"]);
+}
+
+#[test]
+fn a_lost_session_queues_rows_again_and_treats_the_ambiguous_by_policy() {
+    for (policy, left) in [(OnSessionLoss::Republish, vec!["0", "1"]), (OnSessionLoss::Drop, vec!["0"])] {
+        let folder = tempfile::tempdir().unwrap();
+        let mut store = open(folder.path());
+        accept(&mut store, texts("t", Qos::ExactlyOnce, 0..2));
+        take(&mut store, 2000, 2);
+        settle(&mut store, vec![Change::Received(id(2001)), Change::SessionAbsent(policy)]);
+        assert_eq!(payloads(&take(&mut store, 2100, 5)), left);
+    }
+}
+
+#[test]
+fn a_segment_stays_until_its_last_record_is_done_and_no_row_names_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut store = open(folder.path());
+    accept(&mut store, texts("t", Qos::ExactlyOnce, 0..3));
+    take(&mut store, 2000, 3);
+    let three = [2000, 2001, 2002].map(id);
+    settle(&mut store, three.map(Change::Received).to_vec());
+    settle(&mut store, three[..2].iter().copied().map(Change::Completed).collect());
+    assert!(store.look(clock::now()).unwrap().used_bytes > 0, "PUBREC is not done");
+    settle(&mut store, vec![Change::SessionAbsent(OnSessionLoss::Republish)]);
+    assert_eq!(payloads(&take(&mut store, 2100, 5)), ["2"], "its bytes were still there");
+}
+
+#[test]
+fn unfinished_qos_1_messages_older_than_a_row_go_before_it_after_a_crash() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut store = open(folder.path());
+    begin(&mut store, "");
+    accept(&mut store, vec![message("t", Qos::AtLeastOnce, "1"), message("t", Qos::ExactlyOnce, "2")]);
+    take(&mut store, 2000, 2);
+    drop(store);
+    let begin = begin(&mut open(folder.path()), "");
+    assert!(matches!(
+        &begin.resume[..],
+        [Resume::Older(older), Resume::Row { .. }] if &older.payload[..] == b"1"
+    ));
+}
+
+#[test]
+fn qos_1_messages_the_session_no_longer_holds_are_handed_out_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut store = open(folder.path());
+    accept(&mut store, texts("t", Qos::AtLeastOnce, 0..3));
+    let taken = take(&mut store, 2000, 3);
+    let held = (taken[1].record.lane, taken[1].record.seq);
+    store.begin(("", ""), OnSessionLoss::Republish, &[held], clock::now()).unwrap();
+    assert_eq!(payloads(&take(&mut store, 2100, 5)), ["0", "2"]);
+}
+
+#[test]
+fn an_abandoned_row_keeps_its_identifier_until_pubcomp_and_its_message_is_counted() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut store = open(folder.path());
+    begin(&mut store, "");
+    accept(&mut store, texts("t", Qos::ExactlyOnce, 0..1));
+    take(&mut store, 2000, 1);
+    settle(&mut store, vec![Change::Abandoned(id(2000))]);
+    let look = store.look(clock::now()).unwrap();
+    assert_eq!((look.rows, look.lanes[1].messages), (1, 0));
+    assert_eq!(look.dropped, [(Lane::Normal, "abandoned".to_owned(), 1)]);
+    let resume = begin(&mut store, "").resume;
+    assert!(matches!(resume[..], [Resume::Row { state: RowState::Abandoned, .. }]));
+    settle(&mut store, vec![Change::Completed(id(2000))]);
+    assert_eq!(store.look(clock::now()).unwrap().rows, 0);
+}
+
+#[test]
+fn a_refused_message_holds_its_topic_and_lets_the_others_pass() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut store = open(folder.path());
+    let start = clock::now();
+    let both = vec![message("a", Qos::AtLeastOnce, "a1"), message("b", Qos::AtLeastOnce, "b1")];
+    accept(&mut store, both);
+    let taken = take(&mut store, 2000, 1);
+    let refused = Change::Refused {
+        id: None,
+        lane: Lane::Normal,
+        seq: taken[0].record.seq,
+        hold: Hold::Topic,
+        hold_ms: 60_000,
+        reason: 0x97,
+    };
+    settle(&mut store, vec![refused]);
+    accept(&mut store, vec![message("a", Qos::AtLeastOnce, "a2"), message("b", Qos::AtLeastOnce, "b2")]);
+    assert_eq!(payloads(&take_at(&mut store, offer(2100, 9), start)), ["b1", "b2"]);
+    let later = Stamp { mono_ms: start.mono_ms + 120_000, ..start };
+    assert_eq!(payloads(&take_at(&mut store, offer(2200, 9), later)), ["a1", "a2"]);
+}
+
+#[test]
+fn not_authorized_holds_the_lane_and_no_other() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut store = open(folder.path());
+    let start = clock::now();
+    accept(&mut store, texts("t", Qos::ExactlyOnce, 0..2));
+    take(&mut store, 2000, 1);
+    let (lane, hold) = (Lane::Normal, Hold::Lane);
+    let refused =
+        Change::Refused { id: Some(id(2000)), lane, seq: Seq(1), hold, hold_ms: 30_000, reason: 0x87 };
+    settle(&mut store, vec![refused]);
+    accept(&mut store, vec![Message { lane: Lane::Bulk, ..message("u", Qos::AtLeastOnce, "bulk") }]);
+    assert_eq!(payloads(&take_at(&mut store, offer(2100, 9), start)), ["bulk"]);
+    let later = Stamp { mono_ms: start.mono_ms + 120_000, ..start };
+    assert_eq!(payloads(&take_at(&mut store, offer(2200, 9), later)), ["0", "1"]);
+}
+
+#[test]
+fn a_message_the_broker_can_never_take_becomes_a_dead_letter_and_is_counted() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut store = open(folder.path());
+    accept(&mut store, vec![message("t", Qos::ExactlyOnce, &"x".repeat(500)), message("t", Qos::ExactlyOnce, "y")]);
+    let small = Offer { max_publish_bytes: Some(100), ..offer(2000, 5) };
+    assert_eq!(payloads(&take_at(&mut store, small, clock::now())), ["y"]);
+    let look = store.look(clock::now()).unwrap();
+    assert_eq!((look.dead_letters, look.rows), (1, 1));
+    assert_eq!(look.dropped, [(Lane::Normal, "dead_letter".to_owned(), 1)]);
+}
+
+#[test]
+fn an_expired_message_is_dropped_counted_and_told_in_a_gap() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut store = open(folder.path());
+    let short = Message { expires_after: Some(Duration::from_secs(10)), ..message("t", Qos::AtLeastOnce, "old") };
+    accept(&mut store, vec![short, message("t", Qos::AtLeastOnce, "new")]);
+    let now = clock::now();
+    let later = Stamp { mono_ms: now.mono_ms + 11_000, ..now };
+    assert_eq!(payloads(&take_at(&mut store, offer(2000, 5), later)), ["new"]);
+    let gaps = store.look(later).unwrap().gaps;
+    assert_eq!((gaps.len(), gaps[0].reason.as_str(), gaps[0].first, gaps[0].count), (1, "expired", Seq(1), 1));
+}
+
+#[test]
+fn beyond_the_quota_the_oldest_go_first_never_what_is_in_flight_and_the_gap_adds_up() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut store = Store::open(Settings { quota: 64 << 10, ..settings(folder.path()) }).unwrap();
+    // Noise, so that packing does not stretch the quota.
+    let noise = |n: u64| {
+        let mut random = fastrand::Rng::with_seed(n);
+        let mut bytes = n.to_string().into_bytes();
+        bytes.resize_with(bytes.len() + 1000, || random.u8(..));
+        Message { payload: Payload::Whole(bytes.into()), ..message("t", Qos::ExactlyOnce, "") }
+    };
+    for n in 0..10 {
+        accept(&mut store, vec![noise(n)]);
+    }
+    let in_flight = take(&mut store, 2000, 2);
+    for n in 10..200 {
+        let committed = accept(&mut store, vec![noise(n)]);
+        assert_eq!(committed.appends, [Ok(())]);
+    }
+    let look = store.look(clock::now()).unwrap();
+    assert!(look.used_bytes <= 64 << 10);
+    let kept = take(&mut store, 3000, 1000);
+    assert_eq!(kept.last().unwrap().record.seq, Seq(200), "the newest are kept");
+    let numbers: Vec<u64> = kept.iter().map(|taken| taken.record.seq.0).collect();
+    assert!(numbers.windows(2).all(|pair| pair[1] == pair[0] + 1), "without holes: {numbers:?}");
+    let gap = &look.gaps[0];
+    assert_eq!((gap.first, gap.last), (Seq(3), Seq(numbers[0] - 1)));
+    assert_eq!(gap.count as usize + kept.len() + in_flight.len(), 200);
+    assert_eq!(look.rows, 2);
+}
+
+#[test]
+fn a_full_queue_that_rejects_still_records_everything_else() {
+    let folder = tempfile::tempdir().unwrap();
+    let full = Settings { quota: 4 << 10, when_full: WhenFull::RejectNew, ..settings(folder.path()) };
+    let mut store = Store::open(full).unwrap();
+    let mut accepted = 0u32;
+    let refusal = loop {
+        let mut random = fastrand::Rng::with_seed(u64::from(accepted));
+        let text: String = (0..200).map(|_| random.alphanumeric()).collect();
+        match accept(&mut store, vec![message("t", Qos::ExactlyOnce, &text)]).appends.remove(0) {
+            Ok(()) => accepted += 1,
+            Err(refusal) => break refusal,
+        }
+    };
+    assert!(matches!(refusal, NotAccepted::QuotaFull { .. }), "{refusal}");
+    assert!(accepted > 5);
+    take(&mut store, 2000, 3);
+    let inbound = Inbound {
+        topic: Topic::new("cmd").unwrap(),
+        payload: Bytes::from_static(b"{}"),
+        qos: Qos::ExactlyOnce,
+        retain: false,
+        response_topic: None,
+        correlation_data: None,
+    };
+    settle(&mut store, vec![Change::Received(id(2000)), Change::InboundOpened { id: id(7), hash: 9, inbound }]);
+    let report = Append {
+        messages: vec![Message { lane: Lane::Alarm, ..message("gap", Qos::AtLeastOnce, "gap") }],
+        closes: vec![fieldpost::store::Gap {
+            lane: Lane::Normal,
+            reason: "quota".into(),
+            first: Seq(1),
+            last: Seq(1),
+            count: 1,
+        }],
+    };
+    let committed = store.commit(Batch { appends: vec![report], ..Batch::default() }, clock::now()).unwrap();
+    assert_eq!(committed.appends, [Ok(())]);
+    assert_eq!(store.look(clock::now()).unwrap().inbox, 1);
+}
+
+#[test]
+fn reporting_a_gap_closes_what_was_told_and_keeps_what_came_since() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut store = open(folder.path());
+    let now = clock::now();
+    let later = Stamp { mono_ms: now.mono_ms + 20_000, ..now };
+    let short = |n: u32| Message {
+        expires_after: Some(Duration::from_secs(1)),
+        ..message("t", Qos::AtLeastOnce, &n.to_string())
+    };
+    accept(&mut store, (0..3).map(short).collect());
+    take_at(&mut store, offer(2000, 5), later);
+    let told = store.look(later).unwrap().gaps;
+    assert_eq!(told[0].count, 3);
+    accept(&mut store, vec![short(4)]);
+    take_at(&mut store, offer(2000, 5), later);
+    let report = Append { messages: vec![message("gap", Qos::AtLeastOnce, "3")], closes: told };
+    store.commit(Batch { appends: vec![report], ..Batch::default() }, later).unwrap();
+    let left = store.look(later).unwrap().gaps;
+    assert_eq!((left.len(), left[0].first, left[0].last, left[0].count), (1, Seq(4), Seq(4), 1));
+}
+
+#[test]
+fn an_inbound_message_and_its_open_identifier_survive_together() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut store = open(folder.path());
+    begin(&mut store, "");
+    let inbound = Inbound {
+        topic: Topic::new("cmd").unwrap(),
+        payload: Bytes::from_static(b"{}"),
+        qos: Qos::ExactlyOnce,
+        retain: false,
+        response_topic: None,
+        correlation_data: None,
+    };
+    settle(&mut store, vec![Change::InboundOpened { id: id(7), hash: 99, inbound }]);
+    drop(store);
+    let mut store = open(folder.path());
+    let started = begin(&mut store, "");
+    assert_eq!((started.rx_open, store.look(clock::now()).unwrap().inbox), (vec![(id(7), 99)], 1));
+    settle(&mut store, vec![Change::InboundReleased(id(7))]);
+    assert!(begin(&mut store, "").rx_open.is_empty());
+}
+
+#[test]
+fn a_second_agent_on_the_same_database_is_refused_and_the_first_is_unharmed() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut first = open(folder.path());
+    accept(&mut first, texts("t", Qos::AtLeastOnce, 0..1));
+    let second = Store::open(settings(folder.path())).unwrap_err();
+    assert!(matches!(second, StoreError::InUse { .. }), "{second}");
+    accept(&mut first, texts("t", Qos::AtLeastOnce, 1..2));
+    assert_eq!(payloads(&take(&mut first, 2000, 5)), ["0", "1"]);
+}
+
+#[test]
+fn a_foreign_or_newer_database_is_refused_and_not_touched() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("outbox.db");
+    let foreign = rusqlite::Connection::open(&path).unwrap();
+    foreign.execute_batch("CREATE TABLE other (x)").unwrap();
+    drop(foreign);
+    assert!(matches!(Store::open(settings(folder.path())).unwrap_err(), StoreError::Foreign { .. }));
+    std::fs::remove_file(&path).unwrap();
+    drop(open(folder.path()));
+    let newer = rusqlite::Connection::open(&path).unwrap();
+    newer.execute_batch("PRAGMA user_version = 2").unwrap();
+    drop(newer);
+    assert!(matches!(Store::open(settings(folder.path())).unwrap_err(), StoreError::Newer { found: 2, .. }));
+}
+
+#[test]
+fn the_database_is_readable_by_its_owner_only() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = tempfile::tempdir().unwrap();
+    let nested = folder.path().join("made");
+    let store = open(&nested);
+    let mode = |path: &Path| path.metadata().unwrap().permissions().mode() & 0o777;
+    assert_eq!((mode(&nested), mode(&nested.join("outbox.db"))), (0o750, 0o600));
+    assert_eq!(mode(&nested.join("outbox.db-wal")), 0o600);
+    drop(store);
+}
+
+#[test]
+fn the_sqlite_inside_has_no_wal_reset_bug() {
+    assert!(rusqlite::version_number() >= 3_051_003, "{}", rusqlite::version());
+}
+
+#[test]
+fn every_commit_is_synchronous_full() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    assert_eq!(store.pragma("synchronous"), 2);
+    assert_eq!(store.pragma("page_size"), 1024);
+}
+
+#[test]
+fn a_hundred_thousand_messages_wait_without_being_read_at_the_start() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut store = open(folder.path());
+    let batch = texts("t", Qos::AtLeastOnce, 0..5000);
+    for _ in 0..20 {
+        accept(&mut store, batch.clone());
+    }
+    drop(store);
+    let began = std::time::Instant::now();
+    let mut store = open(folder.path());
+    assert_eq!(take(&mut store, 2000, 10).len(), 10);
+    assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+    assert_eq!(store.look(clock::now()).unwrap().lanes[1].messages, 100_000);
+}
