@@ -1,5 +1,235 @@
 //! The command line: one file per command.
+//!
+//! Invariant: the exit status is 0 when what was asked was done, 78 for a bad configuration (EX_CONFIG of
+//! sysexits.h: the service manager must not try again), and 1 for anything else.
+
+pub mod check;
+mod publish;
+mod retained;
+mod run;
+mod status;
+
+use std::io::{self, IsTerminal, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
+
+use crate::agent::AgentError;
+use crate::config::{self, Problems};
+use crate::control::client::ClientError;
+
+/// Where the packaged agent listens.
+const DEFAULT_SOCKET: &str = "/var/lib/fieldpost/control.sock";
+
+/// EX_CONFIG of sysexits.h.
+const EXIT_CONFIGURATION: u8 = 78;
+
+/// Store-and-forward bridge for gateways: fieldbus in, SQLite, exactly once out to an MQTT broker.
+#[derive(Debug, Parser)]
+#[command(name = "fieldpost", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the agent
+    Run(run::Run),
+    /// Check a configuration file: exit status 78 and every problem, or 0
+    Check {
+        /// The configuration file
+        file: PathBuf,
+    },
+    /// Show how the running agent is doing
+    Status(status::ShowStatus),
+    /// Hand messages to the running agent; "accepted" means that they are on disk
+    Publish(publish::HandIn),
+    /// Retained messages of the broker
+    #[command(subcommand)]
+    Retained(retained::Retained),
+}
+
+/// How the running agent is found.
+#[derive(Debug, Args)]
+struct Agent {
+    /// The agent's control socket [default: the configuration's, or /var/lib/fieldpost/control.sock]
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// The agent's configuration file, which names the socket
+    #[arg(long, value_name = "FILE", conflicts_with = "socket")]
+    config: Option<PathBuf>,
+}
+
+impl Agent {
+    fn socket(&self) -> Result<PathBuf, Failure> {
+        match (&self.socket, &self.config) {
+            (Some(socket), _) => Ok(socket.clone()),
+            (None, Some(file)) => Ok(config::load(file)?.control.socket),
+            (None, None) => Ok(PathBuf::from(DEFAULT_SOCKET)),
+        }
+    }
+}
+
+/// Why a command did not do what was asked. The text is for standard error.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error("{0}")]
+    Configuration(Problems),
+    #[error("fieldpost: {0}")]
+    Agent(#[from] AgentError),
+    #[error("fieldpost: {0}")]
+    Client(#[from] ClientError),
+    #[error("fieldpost: not accepted: {0}")]
+    Refused(String),
+    #[error("fieldpost: the agent's answer does not fit the question; is it another version?")]
+    OtherAnswer,
+    #[error("fieldpost: {accepted} accepted, {refused} not; the last because: {reason}")]
+    PartlyRefused { accepted: u64, refused: u64, reason: String },
+    #[error("fieldpost: {accepted} accepted, then: {failure}")]
+    BrokeOff { accepted: u64, failure: Box<Failure> },
+    #[error("fieldpost: cannot read standard input: {0}")]
+    Input(io::Error),
+    #[error("fieldpost: line {line} is longer than {max} bytes")]
+    LineTooLong { line: u64, max: usize },
+    #[error("fieldpost: cannot write to standard output: {0}")]
+    Output(io::Error),
+    #[error("fieldpost: the system gives no event queue or timer: {0}")]
+    Runtime(io::Error),
+}
+
+impl From<Problems> for Failure {
+    fn from(problems: Problems) -> Self {
+        Failure::Configuration(problems)
+    }
+}
+
+impl Failure {
+    fn exit(&self) -> ExitCode {
+        match self {
+            Failure::Configuration(problems) => {
+                complain(problems);
+                ExitCode::from(EXIT_CONFIGURATION)
+            }
+            // Whoever reads our output has seen enough, as in `fieldpost status | head -1`.
+            Failure::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+            failure => {
+                complain(failure);
+                ExitCode::FAILURE
+            }
+        }
+    }
+}
+
+/// Standard error may be closed; then there is nobody to tell.
+fn complain(what: impl std::fmt::Display) {
+    let _ = writeln!(io::stderr(), "{what}");
+}
+
 /// Runs the program.
-pub fn main() -> std::process::ExitCode {
-    0.into()
+pub fn main() -> ExitCode {
+    start_log();
+    die_on_panic();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let _ = error.print();
+            return if error.use_stderr() { ExitCode::FAILURE } else { ExitCode::SUCCESS };
+        }
+    };
+    let outcome = match cli.command {
+        Command::Run(command) => command.run(),
+        Command::Check { file } => return check::check(&file),
+        Command::Status(command) => command.run(),
+        Command::Publish(command) => command.run(),
+        Command::Retained(command) => command.run(),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.exit(),
+    }
+}
+
+/// Log lines go to standard error, where the service manager expects them; `FIELDPOST_LOG` chooses which.
+fn start_log() {
+    let filter = EnvFilter::builder()
+        .with_default_directive(LevelFilter::INFO.into())
+        .with_env_var("FIELDPOST_LOG")
+        .from_env_lossy();
+    let log = tracing_subscriber::fmt().compact().with_env_filter(filter).with_writer(io::stderr);
+    // Fails when a test or an example that runs the agent in itself has a log already.
+    let _ = log.with_ansi(colours(&io::stderr())).try_init();
+}
+
+/// A panic is a bug of ours, and tokio would end one task and carry on with the rest. The store makes it safe
+/// to end all of it (P1), and the service manager starts it again.
+fn die_on_panic() {
+    std::panic::set_hook(Box::new(|panic| {
+        tracing::error!("{panic}; this is a bug in fieldpost, please report it");
+        std::process::abort();
+    }));
+}
+
+/// Whether colours are welcome there.
+fn colours(stream: &impl IsTerminal) -> bool {
+    stream.is_terminal() && std::env::var_os("NO_COLOR").is_none()
+}
+
+/// Text from elsewhere (a broker, a device) as it may be shown on a terminal: nothing in it moves the cursor.
+fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn commands_are_spelt_as_documented() {
+        for line in [
+            "run gateway.toml",
+            "run gateway.toml --dry",
+            "check gateway.toml",
+            "status",
+            "status --json --socket /run/x.sock",
+            "status gateway.toml",
+            "status --config gateway.toml",
+            "publish --topic a/b 21.5",
+            "publish --topic a/b --qos 2 --retain --lane alarm --socket x",
+            "publish --topic a/b -- -1",
+            "publish --topic a/b -1.5",
+            "retained clear a/b --config gateway.toml",
+        ] {
+            let parsed = Cli::try_parse_from(std::iter::once("fieldpost").chain(line.split(' ')));
+            assert!(parsed.is_ok(), "{line}: {}", parsed.expect_err("not ok"));
+        }
+        for line in [
+            "",
+            "run",
+            "publish 21.5",
+            "publish --topic a --qos 3 x",
+            "publish --topic a --lane fast x",
+            "status --socket a --config b",
+            "status --socket a b",
+            "retained clear",
+        ] {
+            let parsed = Cli::try_parse_from(std::iter::once("fieldpost").chain(line.split(' ')));
+            assert!(parsed.is_err(), "{line}");
+        }
+    }
+
+    #[test]
+    fn text_from_elsewhere_cannot_move_the_cursor() {
+        assert_eq!(printable("quota\u{1b}[2J\nexceeded é"), "quota\u{fffd}[2J\u{fffd}exceeded é");
+    }
 }

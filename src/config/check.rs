@@ -19,3 +19,9 @@ pub(super) fn load(_path: &Path) -> Result<Config, Problems> {
 pub(super) fn parse(_path: &Path, _text: &str) -> Result<Config, Problems> {
     Err(Problems(Vec::new()))
 }
+
+impl std::fmt::Display for Problems {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} problems", self.0.len())
+    }
+}

@@ -1,0 +1,479 @@
+//! `fieldpost status`: one screen that says in words how the running agent is doing, or all of it as JSON.
+
+use std::fmt::Write as _;
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::{Agent, Failure, colours, printable};
+use crate::config;
+use crate::control::client;
+use crate::control::wire::{Answer, Link, LinkState, Question, Status, Store, Unit};
+
+/// Counters that say that something is not as it should be; the others are in `--json`.
+const TROUBLES: [&str; 17] = [
+    "readings_overrun",
+    "polls_skipped",
+    "messages_not_accepted",
+    "qos0_dropped",
+    "no_matching_subscribers",
+    "possibly_doubled",
+    "possibly_lost",
+    "abandoned",
+    "refused_for_now",
+    "dead_lettered",
+    "order_overtaken",
+    "downgraded",
+    "acks_unexpected",
+    "inbound_refused",
+    "connect_failures",
+    "protocol_errors",
+    "sessions_lost",
+];
+
+/// `fieldpost status`
+#[derive(Debug, Args)]
+pub(super) struct ShowStatus {
+    /// Everything, as JSON, for programs
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    agent: Agent,
+    /// The agent's configuration file, which names the socket
+    #[arg(conflicts_with_all = ["socket", "config"])]
+    file: Option<PathBuf>,
+}
+
+impl ShowStatus {
+    pub(super) fn run(self) -> Result<(), Failure> {
+        let socket = match &self.file {
+            Some(file) => config::load(file)?.control.socket,
+            None => self.agent.socket()?,
+        };
+        let status = match client::ask(&socket, &Question::Status {})? {
+            Answer::Status(status) => status,
+            Answer::Refused { reason } => return Err(Failure::Refused(printable(&reason))),
+            Answer::Accepted {} | Answer::HandedOver {} => return Err(Failure::OtherAnswer),
+        };
+        let text = match self.json {
+            true => serde_json::to_string_pretty(&status).map_err(client::ClientError::from)? + "\n",
+            false => screen(&status, Paint { colours: colours(&io::stdout()) }),
+        };
+        io::stdout().write_all(text.as_bytes()).map_err(Failure::Output)
+    }
+}
+
+/// How a word is to be taken.
+#[derive(Debug, Clone, Copy)]
+enum Tone {
+    Good,
+    Waiting,
+    Bad,
+    Heading,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Paint {
+    colours: bool,
+}
+
+impl Paint {
+    fn dab(self, tone: Tone, text: &str) -> String {
+        let code = match tone {
+            Tone::Good => "32",
+            Tone::Waiting => "33",
+            Tone::Bad => "31;1",
+            Tone::Heading => "1",
+        };
+        if self.colours { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
+    }
+}
+
+/// Lines with a heading in the first column.
+struct Screen {
+    text: String,
+    paint: Paint,
+    width: usize,
+}
+
+impl Screen {
+    fn line(&mut self, heading: &str, text: &str) {
+        let heading = printable(heading);
+        // Padded before it is painted: escape sequences have no width.
+        let padded = format!("{heading:width$}", width = self.width);
+        let painted = match heading.starts_with(' ') || heading.is_empty() {
+            true => padded,
+            false => self.paint.dab(Tone::Heading, &padded),
+        };
+        writeln!(self.text, "{}", format!("{painted}  {text}").trim_end())
+            .expect("a String takes all it is given");
+    }
+
+    fn blank(&mut self) {
+        self.text.push('\n');
+    }
+}
+
+fn screen(status: &Status, paint: Paint) -> String {
+    let unit_names = status.lines.iter().flat_map(|line| line.units.iter().map(|unit| unit.name.len() + 2));
+    let line_names = status.lines.iter().map(|line| line.name.len());
+    let width = unit_names.chain(line_names).chain([12]).max().unwrap_or(12).min(32);
+    let mut screen = Screen { text: String::new(), paint, width };
+    let title = format!("fieldpost {}, running for {}", printable(&status.version), span(status.uptime_ms));
+    screen.line(&status.gateway, &title);
+    screen.blank();
+    broker(&mut screen, &status.link);
+    screen.blank();
+    queue(&mut screen, status);
+    screen.blank();
+    store(&mut screen, &status.store);
+    let dropped = status.dropped.iter().map(|(reason, count)| (reason.as_str(), *count));
+    let dropped = counted(dropped).unwrap_or_else(|| "nothing".to_owned());
+    screen.line("Dropped", &dropped);
+    if status.dead_letters > 0 {
+        let text = format!("{} given up after a refusal by the broker", grouped(status.dead_letters));
+        screen.line("Dead letters", &paint.dab(Tone::Bad, &text));
+    }
+    let troubles = TROUBLES.iter().filter_map(|name| Some((*name, *status.counters.get(*name)?)));
+    if let Some(troubles) = counted(troubles) {
+        screen.line("Since start", &troubles);
+    }
+    screen.blank();
+    lines(&mut screen, status);
+    screen.text
+}
+
+fn broker(screen: &mut Screen, link: &Link) {
+    let age = span(link.state_age_ms);
+    let state = match link.state {
+        LinkState::Connected => screen.paint.dab(Tone::Good, "connected") + &format!(" for {age}"),
+        LinkState::Connecting => screen.paint.dab(Tone::Waiting, "connecting") + &format!(" for {age}"),
+        LinkState::Waiting => {
+            let next = link.retry_in_ms.map(|ms| format!(", next attempt in {}", span(ms)));
+            screen.paint.dab(Tone::Bad, "not connected") + &format!(" for {age}{}", next.unwrap_or_default())
+        }
+    };
+    screen.line("Broker", &state);
+    screen.line("", &format!("{}, MQTT {}", printable(&link.broker), printable(&link.protocol)));
+    if link.state == LinkState::Connected {
+        let session = match link.session_present {
+            Some(true) => "session kept by the broker",
+            Some(false) => "new session",
+            None => "no session yet",
+        };
+        let in_flight = grouped(link.in_flight);
+        screen.line("", &format!("{session}, {in_flight} in flight, keep alive {} s", link.keep_alive_s));
+    }
+    for downgrade in &link.downgrades {
+        let text = format!("not as asked: {}", printable(downgrade));
+        screen.line("", &screen.paint.dab(Tone::Waiting, &text));
+    }
+    if let Some(error) = &link.last_error {
+        screen.line("", &format!("last trouble: {}", printable(error)));
+    }
+}
+
+fn queue(screen: &mut Screen, status: &Status) {
+    screen
+        .line("Queue", &format!("{:>12}  {:>10}  {:>12}  {:>9}", "messages", "bytes", "oldest", "in flight"));
+    for lane in &status.queue {
+        let text = format!(
+            "{:>12}  {:>10}  {:>12}  {:>9}",
+            grouped(lane.messages),
+            bytes(lane.bytes),
+            lane.oldest_age_ms.map_or("-".to_owned(), span),
+            grouped(lane.in_flight),
+        );
+        screen.line(&format!("  {}", lane.lane), &text);
+    }
+}
+
+fn store(screen: &mut Screen, store: &Store) {
+    let state = match (store.accepting, &store.error) {
+        (true, _) => screen.paint.dab(Tone::Good, "accepting"),
+        (false, Some(error)) => screen.paint.dab(Tone::Bad, &format!("NOT ACCEPTING: {}", printable(error))),
+        (false, None) => screen.paint.dab(Tone::Bad, "NOT ACCEPTING"),
+    };
+    let percent = u128::from(store.used_bytes) * 100 / u128::from(store.quota_bytes.max(1));
+    let used = format!("{} of {} ({percent} %)", bytes(store.used_bytes), bytes(store.quota_bytes));
+    screen.line("Store", &format!("{state}, {used}"));
+    screen.line("", &format!("{}, epoch {}", printable(&store.path), store.epoch));
+}
+
+fn lines(screen: &mut Screen, status: &Status) {
+    for line in &status.lines {
+        let state = match (line.up, &line.error) {
+            (true, _) => screen.paint.dab(Tone::Good, "up"),
+            (false, Some(error)) => screen.paint.dab(Tone::Bad, &format!("DOWN: {}", printable(error))),
+            (false, None) => screen.paint.dab(Tone::Waiting, "not open yet"),
+        };
+        screen.line(&line.name, &state);
+        for unit in &line.units {
+            let text = unit_line(unit, screen.paint);
+            screen.line(&format!("  {}", unit.name), &text);
+        }
+    }
+}
+
+fn unit_line(unit: &Unit, paint: Paint) -> String {
+    if unit.polls == 0 {
+        return paint.dab(Tone::Waiting, "not read yet");
+    }
+    let last = match unit.last_ok_age_ms {
+        Some(ms) => format!("read {} ago", span(ms)),
+        None => "never read".to_owned(),
+    };
+    let polls = format!("{} polls, {} failed", grouped(unit.polls), grouped(unit.errors));
+    let reason = unit.last_error.as_deref().map(printable);
+    match (unit.ok, reason) {
+        (true, None) => format!("{}, {last}; {polls}", paint.dab(Tone::Good, "ok")),
+        (true, Some(reason)) => format!("{}, {last}; {polls}, last: {reason}", paint.dab(Tone::Good, "ok")),
+        (false, reason) => {
+            let fault = format!("FAULT: {}", reason.as_deref().unwrap_or("unknown"));
+            format!("{}; {last}; {polls}", paint.dab(Tone::Bad, &fault))
+        }
+    }
+}
+
+/// `3 expired, 120 quota`; `None` when all of them are 0.
+fn counted<'a>(counts: impl Iterator<Item = (&'a str, u64)>) -> Option<String> {
+    let words = counts
+        .filter(|(_, count)| *count > 0)
+        .map(|(name, count)| format!("{} {}", grouped(count), printable(name).replace('_', " ")));
+    let words: Vec<String> = words.collect();
+    (!words.is_empty()).then(|| words.join(", "))
+}
+
+/// A duration in its two largest units.
+fn span(ms: u64) -> String {
+    let seconds = ms / 1000;
+    let (days, hours, minutes) = (seconds / 86_400, seconds / 3600 % 24, seconds / 60 % 60);
+    match seconds {
+        0..60 => format!("{seconds} s"),
+        60..3600 => format!("{minutes} min {} s", seconds % 60),
+        3600..86_400 => format!("{hours} h {minutes} min"),
+        _ => format!("{days} d {hours} h"),
+    }
+}
+
+/// A size in the largest binary unit that leaves at least 1 before the point.
+fn bytes(bytes: u64) -> String {
+    const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    if bytes < 1024 {
+        return format!("{bytes} B");
+    }
+    let exponent = (bytes.ilog2() / 10) as usize;
+    let size = bytes as f64 / 1024_f64.powi(exponent as i32);
+    format!("{size:.1} {}", UNITS[exponent - 1])
+}
+
+/// A count with a comma every three digits.
+fn grouped(count: u64) -> String {
+    let digits = count.to_string();
+    let mut grouped = String::new();
+    for (index, digit) in digits.char_indices() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            grouped.push(',');
+        }
+        grouped.push(digit);
+    }
+    grouped
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::wire::{LaneQueue, Line};
+
+    fn lane(lane: &str, messages: u64, bytes: u64, oldest_age_ms: Option<u64>, in_flight: u64) -> LaneQueue {
+        LaneQueue { lane: lane.into(), messages, bytes, oldest_age_ms, in_flight }
+    }
+
+    fn unit(name: &str, ok: bool, error: Option<&str>, polls: u64, errors: u64, last: Option<u64>) -> Unit {
+        let last_error = error.map(String::from);
+        Unit { name: name.into(), ok, last_error, polls, errors, last_ok_age_ms: last }
+    }
+
+    fn healthy() -> Status {
+        Status {
+            gateway: "press-shop-1".into(),
+            version: "0.1.0".into(),
+            uptime_ms: 2 * 86_400_000 + 3 * 3_600_000 + 59_000,
+            link: Link {
+                state: LinkState::Connected,
+                state_age_ms: 3 * 3_600_000 + 12 * 60_000,
+                broker: "mqtts://broker.example.com:8883".into(),
+                protocol: "5".into(),
+                session_present: Some(true),
+                last_error: None,
+                retry_in_ms: None,
+                downgrades: Vec::new(),
+                in_flight: 100,
+                keep_alive_s: 30,
+            },
+            queue: vec![
+                lane("alarm", 0, 0, None, 0),
+                lane("normal", 12_345, 2_202_010, Some(61_000), 100),
+                lane("bulk", 0, 0, None, 0),
+            ],
+            dropped: [("quota".to_owned(), 0)].into(),
+            dead_letters: 0,
+            store: Store {
+                path: "/var/lib/fieldpost/outbox.db".into(),
+                quota_bytes: 512 << 20,
+                used_bytes: 2_202_010,
+                epoch: 3,
+                accepting: true,
+                error: None,
+            },
+            lines: vec![Line {
+                name: "line1".into(),
+                up: true,
+                error: None,
+                units: vec![
+                    unit("meter1", true, None, 3600, 0, Some(1_200)),
+                    unit("m2", false, None, 0, 0, None),
+                ],
+            }],
+            counters: [("samples_read".to_owned(), 7200), ("possibly_lost".to_owned(), 0)].into(),
+        }
+    }
+
+    fn troubled() -> Status {
+        let mut status = healthy();
+        status.link = Link {
+            state: LinkState::Waiting,
+            retry_in_ms: Some(12_000),
+            last_error: Some("CONNACK 0x87 Not authorized: check\u{1b}[2J user name and password".into()),
+            downgrades: vec!["QoS 2 is sent as QoS 1".into()],
+            ..status.link
+        };
+        status.dropped = [("expired".to_owned(), 3), ("quota".to_owned(), 1_200)].into();
+        status.dead_letters = 2;
+        status.store.accepting = false;
+        status.store.error = Some("the disk is full".into());
+        status.counters = [("possibly_lost".to_owned(), 1), ("protocol_errors".to_owned(), 4)].into();
+        status.lines[0].units = vec![
+            unit("meter1", true, Some("no answer within 1000 ms"), 3600, 2, Some(1_200)),
+            unit("meter2", false, Some("no answer within 1000 ms"), 120, 120, None),
+        ];
+        let error = Some("cannot open /dev/ttyUSB0: No such file or directory".into());
+        status.lines.push(Line { name: "line2".into(), up: false, error, units: Vec::new() });
+        status
+    }
+
+    #[test]
+    fn golden_screen_of_a_healthy_agent() {
+        assert_eq!(
+            screen(&healthy(), Paint { colours: false }),
+            "\
+press-shop-1  fieldpost 0.1.0, running for 2 d 3 h
+
+Broker        connected for 3 h 12 min
+              mqtts://broker.example.com:8883, MQTT 5
+              session kept by the broker, 100 in flight, keep alive 30 s
+
+Queue             messages       bytes        oldest  in flight
+  alarm                  0         0 B             -          0
+  normal            12,345     2.1 MiB     1 min 1 s        100
+  bulk                   0         0 B             -          0
+
+Store         accepting, 2.1 MiB of 512.0 MiB (0 %)
+              /var/lib/fieldpost/outbox.db, epoch 3
+Dropped       nothing
+
+line1         up
+  meter1      ok, read 1 s ago; 3,600 polls, 0 failed
+  m2          not read yet
+"
+        );
+    }
+
+    #[test]
+    fn golden_screen_of_an_agent_in_trouble() {
+        assert_eq!(
+            screen(&troubled(), Paint { colours: false }),
+            "\
+press-shop-1  fieldpost 0.1.0, running for 2 d 3 h
+
+Broker        not connected for 3 h 12 min, next attempt in 12 s
+              mqtts://broker.example.com:8883, MQTT 5
+              not as asked: QoS 2 is sent as QoS 1
+              last trouble: CONNACK 0x87 Not authorized: check\u{fffd}[2J user name and password
+
+Queue             messages       bytes        oldest  in flight
+  alarm                  0         0 B             -          0
+  normal            12,345     2.1 MiB     1 min 1 s        100
+  bulk                   0         0 B             -          0
+
+Store         NOT ACCEPTING: the disk is full, 2.1 MiB of 512.0 MiB (0 %)
+              /var/lib/fieldpost/outbox.db, epoch 3
+Dropped       3 expired, 1,200 quota
+Dead letters  2 given up after a refusal by the broker
+Since start   1 possibly lost, 4 protocol errors
+
+line1         up
+  meter1      ok, read 1 s ago; 3,600 polls, 2 failed, last: no answer within 1000 ms
+  meter2      FAULT: no answer within 1000 ms; never read; 120 polls, 120 failed
+line2         DOWN: cannot open /dev/ttyUSB0: No such file or directory
+"
+        );
+    }
+
+    #[test]
+    fn colours_change_nothing_but_colours() {
+        for status in [healthy(), troubled()] {
+            let painted = screen(&status, Paint { colours: true });
+            assert!(painted.contains("\x1b[32mup\x1b[0m"), "{painted:?}");
+            let mut plain = painted;
+            for code in ["\x1b[32m", "\x1b[33m", "\x1b[31;1m", "\x1b[1m", "\x1b[0m"] {
+                plain = plain.replace(code, "");
+            }
+            assert_eq!(plain, screen(&status, Paint { colours: false }));
+        }
+    }
+
+    #[test]
+    fn every_trouble_is_a_counter() {
+        let stats = crate::stats::Stats::default();
+        for name in TROUBLES {
+            assert!(stats.all().iter().any(|(counter, _)| *counter == name), "{name}");
+        }
+    }
+
+    #[test]
+    fn the_status_survives_its_journey() {
+        let json = serde_json::to_string(&Answer::Status(Box::new(troubled()))).expect("text keys");
+        let back: Answer = serde_json::from_str(&json).expect("our own words");
+        assert_eq!(back, Answer::Status(Box::new(troubled())));
+    }
+
+    #[test]
+    fn amounts_are_readable() {
+        for (ms, text) in [
+            (0, "0 s"),
+            (59_999, "59 s"),
+            (60_000, "1 min 0 s"),
+            (3_599_999, "59 min 59 s"),
+            (3_600_000, "1 h 0 min"),
+            (86_400_000, "1 d 0 h"),
+            (u64::MAX, "213503982334 d 14 h"),
+        ] {
+            assert_eq!(span(ms), text);
+        }
+        for (size, text) in [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1024, "1.0 KiB"),
+            (1536, "1.5 KiB"),
+            (1 << 40, "1.0 TiB"),
+            (u64::MAX, "16.0 EiB"),
+        ] {
+            assert_eq!(bytes(size), text);
+        }
+        for (count, text) in [(0, "0"), (999, "999"), (1000, "1,000"), (1_234_567, "1,234,567")] {
+            assert_eq!(grouped(count), text);
+        }
+    }
+}

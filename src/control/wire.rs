@@ -1,0 +1,335 @@
+//! What is said on the control socket: one JSON object a line, each answered by one, in order.
+//!
+//! ```text
+//! {"status":{}}                                              {"status":{...}}
+//! {"publish":{"topic":"a/b","qos":1,"text":"21.5"}}          {"accepted":{}}, once it is durable
+//! {"retained_clear":{"topic":"a/b"}}                         {"accepted":{}}
+//! anything that cannot be done                               {"refused":{"reason":"..."}}
+//! ```
+//!
+//! These types are the socket's own contract and nobody else's; members may be added.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::clock::Stamp;
+use crate::message::{Lane, Message, Payload, Qos, Topic};
+
+use super::Ask;
+
+/// Longest line, in bytes, without its line break.
+pub const LINE_MAX_BYTES: usize = 1 << 20;
+
+/// What a program may ask of the agent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Question {
+    /// How things are.
+    Status {},
+    /// Take this message.
+    Publish(Publish),
+    /// Publish a zero-length retained message, which removes the topic's retained one (MQTT-3.3.1-6).
+    RetainedClear {
+        /// The topic.
+        topic: String,
+    },
+}
+
+/// A message to take.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Publish {
+    /// Where.
+    pub topic: String,
+    /// 0, 1 (the default) or 2.
+    #[serde(default = "one")]
+    pub qos: u8,
+    /// Whether the broker is asked to keep it.
+    #[serde(default)]
+    pub retain: bool,
+    /// `alarm`, `normal` (when missing) or `bulk`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lane: Option<String>,
+    /// The application message as text; exactly one of `text` and `hex`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub text: Option<String>,
+    /// The application message as hexadecimal digits, for bytes that are not text.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hex: Option<String>,
+}
+
+fn one() -> u8 {
+    1
+}
+
+/// What the agent answers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Answer {
+    /// How things are.
+    Status(Box<Status>),
+    /// The message is durable (P1).
+    Accepted {},
+    /// The QoS 0 message went to the uplink; it was never stored and may be lost.
+    HandedOver {},
+    /// It was not done.
+    Refused {
+        /// Why, and what to do about it.
+        reason: String,
+    },
+}
+
+/// How things are.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// The gateway's id.
+    pub gateway: String,
+    /// The agent's version.
+    pub version: String,
+    /// How long the agent has been running.
+    pub uptime_ms: u64,
+    /// The connection to the broker.
+    pub link: Link,
+    /// The queue, by lane, the one that is sent first, first.
+    pub queue: Vec<LaneQueue>,
+    /// Messages dropped, by reason, since the database was made.
+    pub dropped: BTreeMap<String, u64>,
+    /// Messages given up and kept as dead letters.
+    pub dead_letters: u64,
+    /// The database.
+    pub store: Store,
+    /// Every line, in the order of the configuration.
+    pub lines: Vec<Line>,
+    /// Every counter of [`crate::stats::Stats`], since the agent started.
+    pub counters: BTreeMap<String, u64>,
+}
+
+/// The connection to the broker.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Link {
+    /// What it is doing.
+    pub state: LinkState,
+    /// For how long it has been doing that.
+    pub state_age_ms: u64,
+    /// The broker's URL, without user name and password.
+    pub broker: String,
+    /// `5` or `3.1.1`.
+    pub protocol: String,
+    /// Session Present of the last CONNACK; `None` before the first.
+    pub session_present: Option<bool>,
+    /// Why the last connection or attempt ended, in words.
+    pub last_error: Option<String>,
+    /// When the next attempt is made, while waiting.
+    pub retry_in_ms: Option<u64>,
+    /// What the broker does not allow and is done differently, in words: a lower QoS, no retain.
+    pub downgrades: Vec<String>,
+    /// Messages sent and not finally acknowledged.
+    pub in_flight: u64,
+    /// Keep Alive in force.
+    pub keep_alive_s: u64,
+}
+
+/// What the connection to the broker is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LinkState {
+    /// CONNACK with success was received.
+    Connected,
+    /// TCP, TLS or CONNECT is under way.
+    Connecting,
+    /// The next attempt is being waited for.
+    Waiting,
+}
+
+/// One lane of the queue.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LaneQueue {
+    /// `alarm`, `normal` or `bulk`.
+    pub lane: String,
+    /// Messages waiting or in flight.
+    pub messages: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Age of the oldest; `None` when the lane is empty.
+    pub oldest_age_ms: Option<u64>,
+    /// How many of them are in flight.
+    pub in_flight: u64,
+}
+
+/// The database.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Store {
+    /// Its file.
+    pub path: String,
+    /// Bytes of messages it may hold.
+    pub quota_bytes: u64,
+    /// Bytes of messages it holds.
+    pub used_bytes: u64,
+    /// Its epoch.
+    pub epoch: u32,
+    /// Whether it accepts messages.
+    pub accepting: bool,
+    /// Why not, in words.
+    pub error: Option<String>,
+}
+
+/// One serial line or Modbus TCP server.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Line {
+    /// Its name.
+    pub name: String,
+    /// Whether the port or connection is open.
+    pub up: bool,
+    /// Why not, in words.
+    pub error: Option<String>,
+    /// Its units.
+    pub units: Vec<Unit>,
+}
+
+/// One unit of a line.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unit {
+    /// Its name.
+    pub name: String,
+    /// Whether its last poll succeeded.
+    pub ok: bool,
+    /// Why its last failed poll failed, in words.
+    pub last_error: Option<String>,
+    /// Polls so far.
+    pub polls: u64,
+    /// How many of them failed.
+    pub errors: u64,
+    /// How long ago the last good poll was; `None` when there was none.
+    pub last_ok_age_ms: Option<u64>,
+}
+
+/// What a line asks for, with a message already checked; `now` becomes its acquisition time.
+///
+/// # Errors
+/// Why it cannot be done, in words for whoever wrote the line.
+pub(super) fn understand(line: &str, now: Stamp) -> Result<Ask, String> {
+    let question = serde_json::from_str(line).map_err(|error| format!("not a request: {error}"))?;
+    let publish = match question {
+        Question::Status {} => return Ok(Ask::Status),
+        Question::Publish(publish) => publish,
+        Question::RetainedClear { topic } => {
+            Publish { topic, qos: 1, retain: true, lane: None, text: Some(String::new()), hex: None }
+        }
+    };
+    let topic = Topic::new(&publish.topic).map_err(|error| error.to_string())?;
+    let qos = Qos::from_number(publish.qos.into())
+        .ok_or_else(|| format!("qos is 0, 1 or 2, not {}", publish.qos))?;
+    let lane = match &publish.lane {
+        None => Lane::Normal,
+        Some(name) => Lane::from_name(name)
+            .ok_or_else(|| format!("there is no lane {name:?}; there are alarm, normal and bulk"))?,
+    };
+    let payload = match (publish.text, publish.hex) {
+        (Some(text), None) => text.into_bytes(),
+        (None, Some(hex)) => from_hex(&hex).ok_or("hex is pairs of hexadecimal digits and nothing else")?,
+        _ => return Err("exactly one of text and hex is the message".to_owned()),
+    };
+    let payload = Payload::Whole(payload.into());
+    Ok(Ask::Publish(Message {
+        topic,
+        qos,
+        retain: publish.retain,
+        lane,
+        at: now,
+        expires_after: None,
+        payload,
+    }))
+}
+
+/// The bytes as hexadecimal digits.
+pub fn to_hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn from_hex(digits: &str) -> Option<Vec<u8>> {
+    let digit = |byte: u8| char::from(byte).to_digit(16).map(|digit| digit as u8);
+    let pairs = digits.as_bytes().chunks(2);
+    pairs
+        .map(|pair| match *pair {
+            [high, low] => Some(digit(high)? << 4 | digit(low)?),
+            _ => None,
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOW: Stamp = Stamp { wall_ms: 1, mono_ms: 2 };
+
+    fn message(line: &str) -> Message {
+        match understand(line, NOW) {
+            Ok(Ask::Publish(message)) => message,
+            other => panic!("{line} should be a message, not {other:?}"),
+        }
+    }
+
+    #[test]
+    fn requests_become_checked_messages() {
+        let plain = message(r#"{"publish":{"topic":"a/b","text":"21.5"}}"#);
+        assert_eq!((plain.topic.as_str(), plain.qos, plain.retain), ("a/b", Qos::AtLeastOnce, false));
+        assert_eq!((plain.lane, plain.at, plain.expires_after), (Lane::Normal, NOW, None));
+        assert_eq!(plain.payload, Payload::Whole("21.5".into()));
+
+        let full =
+            message(r#"{"publish":{"topic":"t","qos":2,"retain":true,"lane":"alarm","hex":"00FFa0"}}"#);
+        assert_eq!((full.qos, full.retain, full.lane), (Qos::ExactlyOnce, true, Lane::Alarm));
+        assert_eq!(full.payload, Payload::Whole(vec![0, 255, 160].into()));
+
+        let clear = message(r#"{"retained_clear":{"topic":"a/b"}}"#);
+        assert_eq!((clear.retain, clear.qos), (true, Qos::AtLeastOnce));
+        assert_eq!(clear.payload, Payload::Whole("".into()));
+
+        assert!(matches!(understand(r#"{"status":{}}"#, NOW), Ok(Ask::Status)));
+    }
+
+    #[test]
+    fn what_cannot_be_done_is_refused_with_the_reason() {
+        for (line, part) in [
+            ("", "not a request: EOF"),
+            ("hello", "not a request: expected value"),
+            (r#"{"launch":{}}"#, "unknown variant `launch`"),
+            (r#"{"status":{"x":1}}"#, "unknown field `x`"),
+            (r#"{"publish":{"topic":"t","text":"","topc":"u"}}"#, "unknown field `topc`"),
+            (r#"{"publish":{"text":""}}"#, "missing field `topic`"),
+            (r#"{"publish":{"topic":"a/+","text":""}}"#, "must not hold '+'"),
+            (r#"{"publish":{"topic":"t","qos":3,"text":""}}"#, "qos is 0, 1 or 2, not 3"),
+            (r#"{"publish":{"topic":"t","lane":"fast","text":""}}"#, "there is no lane \"fast\""),
+            (r#"{"publish":{"topic":"t"}}"#, "exactly one of text and hex"),
+            (r#"{"publish":{"topic":"t","text":"a","hex":"00"}}"#, "exactly one of text and hex"),
+            (r#"{"publish":{"topic":"t","hex":"0"}}"#, "pairs of hexadecimal digits"),
+            (r#"{"publish":{"topic":"t","hex":"0g"}}"#, "pairs of hexadecimal digits"),
+            (r#"{"publish":{"topic":"t","hex":"é"}}"#, "pairs of hexadecimal digits"),
+            (r#"{"retained_clear":{"topic":""}}"#, "must not be empty"),
+        ] {
+            let reason = understand(line, NOW).expect_err(line);
+            assert!(reason.contains(part), "{line}: {reason}");
+        }
+        assert!(understand(&"[".repeat(LINE_MAX_BYTES), NOW).is_err());
+    }
+
+    #[test]
+    fn answers_are_written_as_documented() {
+        for (answer, text) in [
+            (Answer::Accepted {}, r#"{"accepted":{}}"#),
+            (Answer::HandedOver {}, r#"{"handed_over":{}}"#),
+            (Answer::Refused { reason: "full".into() }, r#"{"refused":{"reason":"full"}}"#),
+        ] {
+            assert_eq!(serde_json::to_string(&answer).expect("plain"), text);
+            assert_eq!(serde_json::from_str::<Answer>(text).expect("an answer"), answer);
+        }
+    }
+
+    #[test]
+    fn hexadecimal_digits_go_both_ways() {
+        let bytes: Vec<u8> = (0..=255).collect();
+        assert_eq!(from_hex(&to_hex(&bytes)), Some(bytes));
+    }
+}
