@@ -3,8 +3,16 @@
 //! [`load`] turns a file into a [`Config`] or into *every* problem it has, each with its place. Nothing here
 //! knows the file's spelling (`raw`), and nothing outside knows TOML.
 
+mod broker;
 mod check;
+mod modbus;
+mod place;
+mod points;
+mod quantity;
 mod raw;
+mod read;
+mod url;
+mod value;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,7 +26,7 @@ use crate::source::modbus::register::Encoding;
 use crate::turn::OnSessionLoss;
 use crate::uplink::packet::Protocol;
 
-pub use check::{Problem, Problems};
+pub use place::{Problem, Problems, Spot};
 
 /// Everything the agent needs to know.
 #[derive(Debug, Clone)]
@@ -47,7 +55,8 @@ pub struct Gateway {
     pub base_topic: Topic,
     /// How often a health message is published. Default 5 min, 10 s to 1 d.
     pub health_interval: Duration,
-    /// How long a planned stop may take before what is left is left in the database. Default 5 s.
+    /// How long a planned stop may take before what is left is left in the database. Default 5 s,
+    /// 0 to 10 min.
     pub drain_timeout: Duration,
 }
 
@@ -62,31 +71,35 @@ pub struct Broker {
     pub tls: Option<Tls>,
     /// 3.1.1 or 5. Default 5.
     pub protocol: Protocol,
-    /// Client Identifier. Default: the gateway's id.
+    /// Client Identifier, not empty. Default: the gateway's id.
     pub client_id: String,
     /// User name.
     pub username: Option<String>,
     /// File that holds the password; a trailing line break is not part of it. Read at every connect.
+    /// Whether it is there is not checked before that.
     pub password_file: Option<PathBuf>,
     /// Keep Alive. Default 30 s, 5 s to 18 h, 0 not allowed.
     pub keep_alive: Duration,
-    /// Session Expiry Interval (MQTT 5). Default 7 d.
+    /// Session Expiry Interval (MQTT 5). Default 7 d, 1 s to 3650 d.
     pub session_expiry: Duration,
-    /// TCP connect, TLS handshake and CONNACK, together. Default 20 s.
+    /// TCP connect, TLS handshake and CONNACK, together. Default 20 s, 100 ms to 10 min.
     pub connect_timeout: Duration,
-    /// Reconnect when nothing was acknowledged for this long although the link is up. Default 60 s.
+    /// Reconnect when nothing was acknowledged for this long although the link is up. Default 60 s, 100 ms
+    /// to 1 d.
     pub ack_timeout: Duration,
-    /// Longest delay between two attempts to connect. Default 5 min.
+    /// Longest delay between two attempts to connect. Default 5 min, 100 ms to 1 d.
     pub backoff_max: Duration,
     /// QoS 1 and 2 messages in flight; the broker's Receive Maximum still applies. Default 1000, 1 to 65535.
     pub max_in_flight: u16,
-    /// QoS 2 messages in flight. Default 1000 on MQTT 5, 20 on 3.1.1 (mosquitto's default silently loses the 21st).
+    /// QoS 2 messages in flight. Default 1000 on MQTT 5, 20 on 3.1.1 (mosquitto's default silently loses the 21st),
+    /// never more than `max_in_flight` unless set; 1 to 65535.
     pub qos2_window: u16,
     /// Largest packet taken from the broker. Default 256 KiB, 4 KiB to 16 MiB.
     pub max_packet: u32,
     /// What becomes of messages between PUBREC and PUBCOMP when the broker lost the session.
     pub on_session_loss: OnSessionLoss,
-    /// How long a message the broker refuses for now is tried before it is a dead letter. Default 1 d.
+    /// How long a message the broker refuses for now is tried before it is a dead letter. Default 1 d, up to
+    /// 3650 d.
     pub retry_refused_for: Duration,
     /// Whether a Will is registered. Default yes.
     pub will: bool,
@@ -112,7 +125,7 @@ pub struct Tls {
 pub struct Store {
     /// The database file. Default `/var/lib/fieldpost/outbox.db`.
     pub path: PathBuf,
-    /// Bytes of messages kept at most. Default 512 MiB, from 1 MiB.
+    /// Bytes of messages kept at most. Default 512 MiB, 1 MiB to 1 TiB.
     pub quota: u64,
     /// What happens to a new message when the quota is reached.
     pub when_full: WhenFull,
@@ -133,7 +146,7 @@ pub enum WhenFull {
 /// The local socket that `fieldpost status` and `fieldpost publish` speak to.
 #[derive(Debug, Clone)]
 pub struct Control {
-    /// Path of the Unix socket. Default: `control.sock` beside the database.
+    /// Path of the Unix socket. Default: `control.sock` beside the database. At most 107 bytes.
     pub socket: PathBuf,
 }
 
@@ -167,7 +180,7 @@ pub enum Transport {
 /// A serial port's settings.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SerialPort {
-    /// The device, best by a `/dev/serial/by-id/` name.
+    /// The device, best by a `/dev/serial/by-id/` name. Always a full path.
     pub device: PathBuf,
     /// Default 9600; 300 to 4,000,000.
     pub baud_rate: u32,
@@ -227,18 +240,20 @@ pub struct Report {
     pub retain: bool,
     /// Default normal.
     pub lane: Lane,
-    /// Unit of measure in payloads, `kWh`.
+    /// Unit of measure in payloads, `kWh`; 1 to 32 characters.
     pub unit: Option<String>,
-    /// How far a value must move to be reported. Default: every sample is.
+    /// How far a value must move to be reported. Default: every sample is. A bool with
+    /// any dead band is reported when it changes: its band is 0 here.
     pub deadband: Deadband,
     /// A value that stays within its dead band is reported all the same after this long. Default 10 min
-    /// with a dead band.
+    /// with a dead band; 1 s to 30 d.
     pub longest_silence: Duration,
-    /// How long a message is still worth sending. Default: for ever.
+    /// How long a message is still worth sending. Default: for ever; 1 s to 3650 d.
     pub expires_after: Option<Duration>,
 }
 
-/// Reads and checks a configuration file.
+/// Reads and checks a configuration file, and the files `conf.d/*.toml` beside it in the order of their names:
+/// their arrays of tables are added, their other tables may only give keys that were not given before.
 ///
 /// # Errors
 /// Every problem found, in the order of their places, or the one that made the file unreadable.

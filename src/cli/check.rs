@@ -1,17 +1,55 @@
-//! `fieldpost check FILE`.
+//! `fieldpost check FILE`: every problem of a configuration with its place, or a summary of what it means.
 
+use std::fmt::Write as _;
 use std::path::Path;
 use std::process::ExitCode;
 
-use crate::config;
+use crate::config::{self, Config, Transport};
 
-/// Checks a configuration file.
+/// EX_CONFIG of sysexits.h: the service manager must not start this again.
+const EXIT_CONFIG: u8 = 78;
+
+/// Checks a configuration file. Exit status 0 with a summary on standard output, or 78 with every problem on
+/// standard error.
 pub fn check(path: &Path) -> ExitCode {
     match config::load(path) {
-        Ok(_) => ExitCode::SUCCESS,
+        Ok(config) => {
+            print!("{}", summary(path, &config));
+            ExitCode::SUCCESS
+        }
         Err(problems) => {
             eprintln!("{problems}");
-            ExitCode::from(78)
+            ExitCode::from(EXIT_CONFIG)
         }
     }
+}
+
+fn summary(path: &Path, config: &Config) -> String {
+    let units = config.modbus.iter().map(|line| line.units.len()).sum::<usize>();
+    let counts =
+        [count(config.modbus.len(), "line"), count(units, "unit"), count(config.points.len(), "point")];
+    let broker = &config.broker;
+    let scheme = if broker.tls.is_some() { "mqtts" } else { "mqtt" };
+    let brackets = if broker.host.contains(':') { ("[", "]") } else { ("", "") };
+    let mut out = format!("{}: no problems\n", path.display());
+    // Writing to a string cannot fail.
+    let _ = writeln!(out, "  gateway  {}", config.gateway.id);
+    let _ =
+        writeln!(out, "  broker   {scheme}://{}{}{}:{}", brackets.0, broker.host, brackets.1, broker.port);
+    let _ = writeln!(out, "  store    {}", config.store.path.display());
+    let _ = writeln!(out, "  modbus   {}", counts.join(", "));
+    for line in &config.modbus {
+        let how = match &line.transport {
+            Transport::Tcp { host, port } => format!("tcp {host} port {port}"),
+            Transport::Rtu(serial) => format!("rtu {} at {} baud", serial.device.display(), serial.baud_rate),
+        };
+        let points = line.units.iter().map(|unit| unit.points.len()).sum::<usize>();
+        let inside = [count(line.units.len(), "unit"), count(points, "point")].join(", ");
+        let _ = writeln!(out, "    {}: {how}: {inside}", line.name);
+    }
+    out
+}
+
+fn count(number: usize, what: &str) -> String {
+    if number == 1 { format!("1 {what}") } else { format!("{number} {what}s") }
 }

@@ -1,0 +1,211 @@
+//! One point: its registers, its type, and how it is reported.
+
+use super::check::render_topic;
+use super::modbus::{Reporting, Seen};
+use super::raw::Value;
+use super::read::{Placed, Section, Walk};
+use super::value::{self, Complaint};
+use super::{Point, Report};
+use crate::message::Topic;
+use crate::point::PointId;
+use crate::policy::deadband::Deadband;
+use crate::policy::topic::Names;
+use crate::source::modbus::Space;
+use crate::source::modbus::register::{Encoding, Kind, Order};
+
+const UNIT_CHARACTERS_MAX: usize = 32;
+
+const SPACES: [value::Choice<Space>; 4] = [
+    ("input", Space::Input, &["input_register", "input register", "ir"]),
+    ("holding", Space::Holding, &["holding_register", "holding register", "hr"]),
+    ("coil", Space::Coil, &["coils"]),
+    ("discrete", Space::DiscreteInput, &["discrete_input", "discrete input", "di"]),
+];
+const KINDS: [value::Choice<Kind>; 6] = [
+    ("bool", Kind::Bool, &["boolean", "bit"]),
+    ("u16", Kind::U16, &["uint16", "word", "uint"]),
+    ("i16", Kind::I16, &["int16", "short", "int"]),
+    ("u32", Kind::U32, &["uint32", "dword"]),
+    ("i32", Kind::I32, &["int32", "long"]),
+    ("f32", Kind::F32, &["float", "float32", "real"]),
+];
+const ORDERS: [value::Choice<Order>; 4] = [
+    ("abcd", Order::Abcd, &["big", "be"]),
+    ("cdab", Order::Cdab, &["word_swap", "swapped"]),
+    ("badc", Order::Badc, &["byte_swap"]),
+    ("dcba", Order::Dcba, &["little", "le"]),
+];
+
+pub(super) fn point(
+    walk: &mut Walk<'_>,
+    section: Section<'_>,
+    id: PointId,
+    reporting: &Reporting,
+    seen: &mut Seen<'_>,
+) -> Point {
+    let (space, address) = register(walk, section);
+    let encoding = encoding(walk, section, space, address);
+    let unit = walk.get(section, "unit", unit_of_measure).map(|unit| unit.value);
+    let topic = topic(walk, section, &id, reporting, seen);
+    let deadband = match (reporting.deadband, encoding.kind) {
+        (None, _) => Deadband::None,
+        // A bit moves by 1 or by 100 %: a wider band meant for its neighbours would hide every change of it.
+        (Some(_), Kind::Bool) => Deadband::Absolute(0.0),
+        (Some(deadband), _) => deadband,
+    };
+    let report = Report {
+        topic,
+        qos: reporting.qos,
+        retain: reporting.retain,
+        lane: reporting.lane,
+        unit,
+        deadband,
+        longest_silence: reporting.longest_silence,
+        expires_after: reporting.expires_after,
+    };
+    Point {
+        id,
+        space,
+        address: address.map_or(0, |address| address.value),
+        encoding,
+        every: reporting.every,
+        report,
+    }
+}
+
+/// Register type and wire address; an address in the manual's numbering names the register type as well.
+fn register(walk: &mut Walk<'_>, section: Section<'_>) -> (Space, Option<Placed<u16>>) {
+    let address = walk.need(section, "address", value::address);
+    let implied = address.as_ref().and_then(|address| address.value.1);
+    if implied.is_none() {
+        walk.must_have(section, "register");
+    }
+    let space = walk.get(section, "register", |value| value::choice(value, &SPACES));
+    if let (Some(address), Some(implied), Some(space)) = (&address, implied, &space)
+        && implied != space.value
+    {
+        let message =
+            format!("this address is a {implied} register's, but `register` is \"{}\"", space.value);
+        let help = "the first digit says which: 0 coil, 1 discrete, 3 input, 4 holding";
+        walk.wrong(address.place, Complaint::new(format!("`address`: {message}")).help(help));
+    }
+    let space = space.map(|space| space.value).or(implied).unwrap_or(Space::Holding);
+    (space, address.map(|address| Placed { value: address.value.0, place: address.place }))
+}
+
+fn encoding(
+    walk: &mut Walk<'_>,
+    section: Section<'_>,
+    space: Space,
+    address: Option<Placed<u16>>,
+) -> Encoding {
+    let registers_known = section.table.get("register").is_some() || section.table.get("address").is_some();
+    if !space.is_bits() && registers_known {
+        walk.must_have(section, "type");
+    }
+    let kind = walk.get(section, "type", |value| value::choice(value, &KINDS));
+    if let Some(kind) = kind {
+        let complaint = match (space.is_bits(), kind.value) {
+            (true, Kind::Bool) => None,
+            (true, _) => {
+                Some(Complaint::new(format!("`type`: a {space} is one bit")).help("write type = \"bool\""))
+            }
+            (false, Kind::Bool) => Some(
+                Complaint::new(format!("`type`: a register of type {space} is not one bit"))
+                    .help("bool is for coils and discrete inputs; for a register write \"u16\""),
+            ),
+            (false, _) => None,
+        };
+        if let Some(complaint) = complaint {
+            walk.wrong(kind.place, complaint);
+        }
+    }
+    // A type that was refused is taken for one that the other keys of the point cannot contradict.
+    let fallback = if space.is_bits() { Kind::Bool } else { Kind::U32 };
+    let wide = kind.is_none_or(|kind| matches!(kind.value, Kind::U32 | Kind::I32 | Kind::F32));
+    if let (Some(address), Some(_), true) = (address, kind, wide && !space.is_bits())
+        && address.value == u16::MAX
+    {
+        let complaint =
+            Complaint::new("`address`: a 32-bit value needs two registers, and 65535 is the last");
+        walk.wrong(address.place, complaint.help("check the address, or the type"));
+    }
+    let kind = kind.map_or(fallback, |kind| kind.value);
+    Encoding {
+        kind,
+        order: order(walk, section, wide && !space.is_bits()),
+        scale: scale(walk, section, kind),
+    }
+}
+
+fn order(walk: &mut Walk<'_>, section: Section<'_>, wide: bool) -> Order {
+    let Some(order) = walk.get(section, "order", |value| value::choice(value, &ORDERS)) else {
+        return Order::Abcd;
+    };
+    if !wide {
+        let complaint = Complaint::new("`order` is for 32-bit types; this one has a single register or bit");
+        walk.wrong(order.place, complaint.help("remove it"));
+    }
+    order.value
+}
+
+fn scale(walk: &mut Walk<'_>, section: Section<'_>, kind: Kind) -> Option<f64> {
+    let scale = walk.get(section, "scale", value::scale)?;
+    if kind == Kind::Bool {
+        walk.wrong(
+            scale.place,
+            Complaint::new("`scale` is for numbers, and this is a bool").help("remove it"),
+        );
+    }
+    Some(scale.value)
+}
+
+fn unit_of_measure(value: &Value) -> Result<String, Complaint> {
+    let text = value::text(value)?;
+    let length = text.chars().count();
+    if !(1..=UNIT_CHARACTERS_MAX).contains(&length) || text.chars().any(char::is_control) {
+        let limits =
+            format!("a unit of measure has 1 to {UNIT_CHARACTERS_MAX} characters, no control characters");
+        return Err(Complaint::new(format!("{} will not do: {limits}", value::quoted(text))));
+    }
+    Ok(text.to_owned())
+}
+
+/// The rendered topic, published like every other point on it (P4: order is kept per topic, QoS and lane).
+fn topic(
+    walk: &mut Walk<'_>,
+    section: Section<'_>,
+    id: &PointId,
+    reporting: &Reporting,
+    seen: &mut Seen<'_>,
+) -> Topic {
+    let place_of = |key| section.table.get(key).map(|entry| entry.node.place);
+    let here = place_of("name").unwrap_or(section.table.place);
+    let names = Names { gateway: seen.gateway, line: &id.line, unit: &id.unit, point: &id.point };
+    let (template, given) = &reporting.topic;
+    let topic = match render_topic(template, &names) {
+        Ok(topic) => topic,
+        Err(complaint) => {
+            let message = format!("`topic`: {}", complaint.message);
+            walk.wrong(given.unwrap_or(here), Complaint { message, ..complaint });
+            return Topic::new("refused").expect("a plain word is a topic");
+        }
+    };
+    let ways = seen.topics.entry(topic.clone()).or_default();
+    let (qos, lane) = (reporting.qos, reporting.lane);
+    if !ways.iter().any(|way| (way.0, way.1) == (qos, lane)) {
+        let place = place_of("qos").or(place_of("lane")).unwrap_or(here);
+        if let Some((first_qos, first_lane, first)) = ways.first() {
+            let message = format!(
+                "topic {} is used at {qos} in lane {lane} here, but at {first_qos} in lane {first_lane} at {}",
+                value::quoted(topic.as_str()),
+                walk.name_of(*first),
+            );
+            let help = "order is kept only within one QoS and lane: give one of them a topic of its own, such as \
+                        topic = \"{gateway}/{line}/{unit}/{point}\"";
+            walk.wrong(place, Complaint::new(message).help(help));
+        }
+        ways.push((qos, lane, place));
+    }
+    topic
+}
