@@ -24,6 +24,8 @@ impl ReasonCode {
     pub const SUCCESS: ReasonCode = ReasonCode(0x00);
     /// 0x10: accepted, but nobody is subscribed.
     pub const NO_MATCHING_SUBSCRIBERS: ReasonCode = ReasonCode(0x10);
+    /// 0x11: UNSUBSCRIBE found no such subscription.
+    pub const NO_SUBSCRIPTION_EXISTED: ReasonCode = ReasonCode(0x11);
     /// 0x80
     pub const UNSPECIFIED_ERROR: ReasonCode = ReasonCode(0x80);
     /// 0x83
@@ -174,6 +176,11 @@ pub enum Packet {
     Subscribe(PacketId, Vec<(String, Qos)>),
     /// The broker's only: one reason code for each filter; below 0x80 it is the granted QoS.
     SubAck(PacketId, Vec<ReasonCode>),
+    /// Ours only: topic filters.
+    Unsubscribe(PacketId, Vec<String>),
+    /// The broker's only: one reason code for each filter on 5.0 (0x11: there was no such subscription); none
+    /// on 3.1.1.
+    UnsubAck(PacketId, Vec<ReasonCode>),
     /// Ours only.
     PingReq,
     /// The broker's only.
@@ -207,6 +214,8 @@ impl Packet {
             Packet::PubComp(..) => "PUBCOMP",
             Packet::Subscribe(..) => "SUBSCRIBE",
             Packet::SubAck(..) => "SUBACK",
+            Packet::Unsubscribe(..) => "UNSUBSCRIBE",
+            Packet::UnsubAck(..) => "UNSUBACK",
             Packet::PingReq => "PINGREQ",
             Packet::PingResp => "PINGRESP",
             Packet::Disconnect(_) => "DISCONNECT",
