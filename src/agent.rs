@@ -1,30 +1,413 @@
 //! Builds every task from the configuration, joins them with channels, stops them in order.
+//!
+//! ```text
+//! lines ──readings──► pipeline ──► store ◄──► uplink        reporter answers the control socket
+//! ```
+//!
+//! Invariant: a stop follows the flow (sources, pipeline, uplink, store), each with a deadline; whatever is
+//! not sent by then is in the database.
 
-use tokio::sync::mpsc;
+use std::io;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
 
-use crate::config::Config;
-use crate::point::Reading;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout_at};
+use tracing::{error, info, warn};
+
+use crate::clock;
+use crate::config::{self, Config};
+use crate::control::{self, BindError};
+use crate::health::{Facts, Reporter};
+use crate::message::TopicError;
+use crate::pipeline;
+use crate::point::{PointIndex, Reading};
+use crate::policy::format::Speaker;
+use crate::policy::{Policy, Reporting};
+use crate::source::modbus::{self, LateReplies, Line, LinePoint, LineStatus, Unit};
+use crate::stats::Stats;
+use crate::store::{self, Store, StoreError};
+use crate::uplink::connection::{self, LinkStatus, Stop, Uplink};
+use crate::uplink::packet::Protocol;
+use crate::uplink::presence::Presence;
+use crate::uplink::session;
+
+/// Readings on their way to the pipeline.
+const READINGS_MAX: usize = 1024;
+/// QoS 0 messages on their way to the uplink.
+const QOS0_MAX: usize = 256;
+/// Announcements on their way to the uplink: every unit's state and the health message.
+const ANNOUNCEMENTS_MAX: usize = 1024;
+/// Control requests on their way to the reporter.
+const REQUESTS_MAX: usize = 64;
+/// How long the store may take to close.
+const CLOSE_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Why the agent could not start, or ended without being asked to.
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
-    /// Not written yet.
-    #[error("there is no agent yet")]
-    Unwritten,
+    /// The database.
+    #[error("{0}")]
+    Store(#[from] StoreError),
+    /// The control socket.
+    #[error("{0}")]
+    Control(#[from] BindError),
+    /// The base topic leaves no room.
+    #[error("[gateway] base_topic: {0}")]
+    BaseTopic(#[from] TopicError),
+    /// The operating system gave no thread or no signal handler.
+    #[error("the system gives no thread or signal handler: {0}")]
+    System(#[from] io::Error),
+    /// A task ended although nobody asked it to.
+    #[error("a part of the agent ended unasked; this is a bug in fieldpost, please report it")]
+    Unasked,
 }
 
-/// Runs until it is asked to stop.
+/// Switches for tests that must fail when a promise is broken; production leaves them at their default.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Faults {
+    /// The store's.
+    pub store: store::Faults,
+    /// PUBREL leaves before the PUBREC is committed.
+    pub break_pubrel_order: bool,
+}
+
+/// Runs until it is asked to stop by SIGTERM or SIGINT.
 ///
 /// # Errors
 /// It could not start, or ended without being asked to.
-pub async fn run(_config: Config) -> Result<(), AgentError> {
-    Err(AgentError::Unwritten)
+pub async fn run(config: Config) -> Result<(), AgentError> {
+    run_with(config, Faults::default()).await
+}
+
+/// Like [`run`], with faults.
+///
+/// # Errors
+/// As [`run`].
+pub async fn run_with(config: Config, faults: Faults) -> Result<(), AgentError> {
+    let mut signals = Signals::new()?;
+    let agent = Agent::start(&config, faults)?;
+    agent.until_stopped(&mut signals, config.gateway.drain_timeout).await
 }
 
 /// Runs the sources alone, until it is asked to stop or `readings` is closed.
 ///
 /// # Errors
 /// It could not start, or ended without being asked to.
-pub async fn run_dry(_config: Config, _readings: mpsc::Sender<Reading>) -> Result<(), AgentError> {
-    Err(AgentError::Unwritten)
+pub async fn run_dry(config: Config, readings: mpsc::Sender<Reading>) -> Result<(), AgentError> {
+    let mut signals = Signals::new()?;
+    let stats = Arc::new(Stats::default());
+    let (stop, stopped) = watch::channel(false);
+    let mut lines = JoinSet::new();
+    for line in &config.modbus {
+        let line = modbus_line(&config, line);
+        let (status, _) = watch::channel(LineStatus::of(&line));
+        lines.spawn(modbus::run(line, readings.clone(), status, Arc::clone(&stats), stopped.clone()));
+    }
+    tokio::select! {
+        () = signals.next() => {}
+        () = readings.closed() => {}
+    }
+    drop(readings);
+    let _gone = stop.send(true);
+    join(&mut lines, Instant::now() + config.gateway.drain_timeout, "the lines").await;
+    Ok(())
+}
+
+/// SIGTERM and SIGINT.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> io::Result<Self> {
+        Ok(Signals {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+/// Every task, and how it is told to stop.
+struct Agent {
+    lines: JoinSet<()>,
+    stop_lines: watch::Sender<bool>,
+    pipeline: JoinSet<()>,
+    uplink: JoinSet<()>,
+    stop_uplink: watch::Sender<Stop>,
+    reporter: JoinSet<()>,
+    stop_reporter: watch::Sender<bool>,
+    store: store::Handle,
+    store_thread: JoinHandle<()>,
+}
+
+impl Agent {
+    fn start(config: &Config, faults: Faults) -> Result<Self, AgentError> {
+        let started = clock::now();
+        let stats = Arc::new(Stats::default());
+        let store = Store::open(store_settings(config, faults))?;
+        let boot = store.boot().clone();
+        let listener = control::bind(&config.control.socket)?;
+        let speaker = Speaker {
+            gateway: config.gateway.id.clone(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            boot: u64::from(boot.boot),
+            instance: fastrand::u64(..),
+        };
+        let presence = Presence::new(&config.gateway.base_topic, speaker.clone())?;
+        let (store, store_thread) = store::spawn(store, Arc::clone(&stats))?;
+
+        let (readings, from_lines) = mpsc::channel(READINGS_MAX);
+        let (qos0, to_send) = mpsc::channel(QOS0_MAX);
+        let (announcements, to_announce) = mpsc::channel(ANNOUNCEMENTS_MAX);
+        let (requests, asked) = mpsc::channel(REQUESTS_MAX);
+        let (link_status, link) = watch::channel(LinkStatus::new());
+        let (stop_lines, lines_stopped) = watch::channel(false);
+        let (stop_uplink, uplink_stopped) = watch::channel(Stop::No);
+        let (stop_reporter, reporter_stopped) = watch::channel(false);
+
+        let mut lines = JoinSet::new();
+        let mut line_states = Vec::new();
+        for line in &config.modbus {
+            let line = modbus_line(config, line);
+            let (status, state) = watch::channel(LineStatus::of(&line));
+            line_states.push(state);
+            let (readings, stats, stop) = (readings.clone(), Arc::clone(&stats), lines_stopped.clone());
+            lines.spawn(modbus::run(line, readings, status, stats, stop));
+        }
+
+        let mut pipeline = JoinSet::new();
+        let policy = Policy::new(&config.gateway.id, reporting(config));
+        pipeline.spawn(pipeline::run(policy, from_lines, store.clone(), qos0.clone(), Arc::clone(&stats)));
+
+        let uplink_settings = uplink_settings(config, speaker, faults)?;
+        let task = Uplink::new(
+            uplink_settings,
+            store.clone(),
+            Arc::clone(&stats),
+            link_status,
+            to_send,
+            to_announce,
+            uplink_stopped,
+        )?;
+        let mut uplink = JoinSet::new();
+        uplink.spawn(task.run());
+
+        let mut reporter = JoinSet::new();
+        let facts = facts(config, started);
+        let task = Reporter {
+            facts,
+            presence,
+            store: store.clone(),
+            stats,
+            link,
+            lines: line_states,
+            announcements,
+            qos0,
+        };
+        reporter.spawn(task.run(asked, reporter_stopped));
+        reporter.spawn(control::serve(listener, requests));
+
+        info!(
+            gateway = %config.gateway.id,
+            boot = boot.boot,
+            epoch = boot.epoch,
+            lines = config.modbus.len(),
+            points = config.points.len(),
+            "fieldpost {} is running",
+            env!("CARGO_PKG_VERSION")
+        );
+        Ok(Agent {
+            lines,
+            stop_lines,
+            pipeline,
+            uplink,
+            stop_uplink,
+            reporter,
+            stop_reporter,
+            store,
+            store_thread,
+        })
+    }
+
+    async fn until_stopped(mut self, signals: &mut Signals, drain: Duration) -> Result<(), AgentError> {
+        let asked = tokio::select! {
+            () = signals.next() => true,
+            // None of these ends before it is told to; an empty set of lines is no end.
+            Some(_) = self.lines.join_next(), if !self.lines.is_empty() => false,
+            Some(_) = self.pipeline.join_next() => false,
+            Some(_) = self.uplink.join_next() => false,
+            Some(_) = self.reporter.join_next() => false,
+        };
+        if !asked {
+            error!("a part of the agent has ended unasked; everything stops");
+        }
+        info!("stopping: what is in flight is finished first, a second signal skips that");
+        let again = {
+            let stopping = self.stop(Instant::now() + drain);
+            tokio::pin!(stopping);
+            tokio::select! {
+                () = &mut stopping => false,
+                () = signals.next() => true,
+            }
+        };
+        if again {
+            warn!("stopping at once; everything accepted is in the database");
+            let _gone = self.stop_uplink.send(Stop::Now);
+            join(&mut self.uplink, Instant::now() + Duration::from_secs(1), "the uplink").await;
+        }
+        self.close().await;
+        info!("stopped");
+        if asked { Ok(()) } else { Err(AgentError::Unasked) }
+    }
+
+    /// In the order of the flow: nothing new comes in, what came in is stored, what is in flight is finished.
+    async fn stop(&mut self, deadline: Instant) {
+        let _gone = self.stop_lines.send(true);
+        join(&mut self.lines, deadline, "the lines").await;
+        join(&mut self.pipeline, deadline, "the pipeline").await;
+        let _gone = self.stop_uplink.send(Stop::DrainUntil(deadline));
+        // Beyond the deadline the uplink still says goodbye.
+        join(&mut self.uplink, deadline + Duration::from_secs(5), "the uplink").await;
+    }
+
+    async fn close(mut self) {
+        let _gone = self.stop_reporter.send(true);
+        join(&mut self.reporter, Instant::now() + Duration::from_secs(1), "the control socket").await;
+        let deadline = Instant::now() + CLOSE_DEADLINE;
+        if timeout_at(deadline, self.store.close()).await.is_err() {
+            error!("the database did not close in time; it is whole all the same");
+            return;
+        }
+        drop(self.store);
+        if self.store_thread.join().is_err() {
+            error!("the store's thread has panicked");
+        }
+    }
+}
+
+async fn join(tasks: &mut JoinSet<()>, deadline: Instant, what: &str) {
+    let all = async { while tasks.join_next().await.is_some() {} };
+    if timeout_at(deadline, all).await.is_err() {
+        warn!("{what} did not stop in time and were cut off");
+        tasks.abort_all();
+    }
+}
+
+fn store_settings(config: &Config, faults: Faults) -> store::Settings {
+    store::Settings {
+        path: config.store.path.clone(),
+        quota: config.store.quota,
+        when_full: config.store.when_full,
+        commit_interval: config.store.commit_interval,
+        faults: faults.store,
+    }
+}
+
+fn uplink_settings(
+    config: &Config,
+    speaker: Speaker,
+    faults: Faults,
+) -> Result<connection::Settings, TopicError> {
+    let broker = &config.broker;
+    let base = config.gateway.base_topic.clone();
+    let ms = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+    let session = session::Settings {
+        protocol: broker.protocol,
+        keep_alive_ms: ms(broker.keep_alive),
+        ack_timeout_ms: ms(broker.ack_timeout),
+        max_in_flight: broker.max_in_flight,
+        qos2_window: broker.qos2_window,
+        on_session_loss: broker.on_session_loss,
+        retry_refused_for_ms: ms(broker.retry_refused_for),
+        canary: crate::message::Topic::new(&format!("{base}/canary"))?,
+        presence: crate::message::Topic::new(&format!("{base}/state"))?,
+        commands: Vec::new(),
+        break_pubrel_order: faults.break_pubrel_order,
+    };
+    Ok(connection::Settings {
+        host: broker.host.clone(),
+        port: broker.port,
+        tls: broker.tls.clone(),
+        client_id: broker.client_id.clone(),
+        username: broker.username.clone(),
+        password_file: broker.password_file.clone(),
+        session_expiry: broker.session_expiry,
+        connect_timeout: broker.connect_timeout,
+        backoff_max: broker.backoff_max,
+        max_packet: broker.max_packet,
+        will: broker.will,
+        base,
+        speaker,
+        session,
+    })
+}
+
+fn facts(config: &Config, started: clock::Stamp) -> Facts {
+    let broker = &config.broker;
+    let scheme = if broker.tls.is_some() { "mqtts" } else { "mqtt" };
+    let host = if broker.host.contains(':') { format!("[{}]", broker.host) } else { broker.host.clone() };
+    Facts {
+        gateway: config.gateway.id.clone(),
+        broker: format!("{scheme}://{host}:{}", broker.port),
+        protocol: match broker.protocol {
+            Protocol::V5 => "5",
+            Protocol::V311 => "3.1.1",
+        },
+        store_path: config.store.path.display().to_string(),
+        health_interval: config.gateway.health_interval,
+        started,
+    }
+}
+
+fn modbus_line(config: &Config, line: &config::ModbusLine) -> Line {
+    let point = |index: usize| {
+        let point = &config.points[index];
+        LinePoint {
+            index: PointIndex(index),
+            name: point.id.point.clone(),
+            space: point.space,
+            address: point.address,
+            encoding: point.encoding.clone(),
+            every: point.every,
+        }
+    };
+    let unit = |unit: &config::ModbusUnit| Unit {
+        name: unit.name.clone(),
+        unit: unit.unit,
+        points: unit.points.clone().map(point).collect(),
+    };
+    Line {
+        name: line.name.clone(),
+        transport: line.transport.clone(),
+        timeout: line.timeout,
+        late_replies: LateReplies::Discard,
+        units: line.units.iter().map(unit).collect(),
+    }
+}
+
+fn reporting(config: &Config) -> Vec<Reporting> {
+    let reporting = |point: &config::Point| Reporting {
+        id: point.id.clone(),
+        topic: point.report.topic.clone(),
+        qos: point.report.qos,
+        retain: point.report.retain,
+        lane: point.report.lane,
+        unit: point.report.unit.clone(),
+        deadband: point.report.deadband,
+        longest_silence: point.report.longest_silence,
+        expires_after: point.report.expires_after,
+    };
+    config.points.iter().map(reporting).collect()
 }

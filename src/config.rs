@@ -23,9 +23,12 @@ use crate::point::PointId;
 use crate::policy::deadband::Deadband;
 use crate::source::modbus::Space;
 use crate::source::modbus::register::Encoding;
-use crate::turn::OnSessionLoss;
 use crate::uplink::packet::Protocol;
 
+pub use crate::source::modbus::{Parity, SerialPort, Transport};
+pub use crate::store::WhenFull;
+pub use crate::turn::OnSessionLoss;
+pub use crate::uplink::tls::Settings as Tls;
 pub use place::{Problem, Problems, Spot};
 
 /// Everything the agent needs to know.
@@ -105,21 +108,6 @@ pub struct Broker {
     pub will: bool,
 }
 
-/// How the broker proves who it is, and we who we are.
-#[derive(Debug, Clone)]
-pub struct Tls {
-    /// PEM file of certificate authorities; `None` takes the system's.
-    pub ca_file: Option<PathBuf>,
-    /// PEM file with our certificate chain. Always together with `key_file`.
-    pub cert_file: Option<PathBuf>,
-    /// PEM file with our private key.
-    pub key_file: Option<PathBuf>,
-    /// The name the certificate must carry. Default: the host.
-    pub server_name: Option<String>,
-    /// Application protocols offered (ALPN).
-    pub alpn: Vec<String>,
-}
-
 /// Where messages wait.
 #[derive(Debug, Clone)]
 pub struct Store {
@@ -132,15 +120,6 @@ pub struct Store {
     /// Longest time a message of the lane waits for others to share its commit with, in the order of
     /// [`Lane::ALL`]. Defaults 0, 50 ms and 1 s; up to 60 s. Longer wears flash less.
     pub commit_interval: [Duration; 3],
-}
-
-/// `when_full`: who loses when the quota is reached.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum WhenFull {
-    /// The oldest message of the lowest lane that is not in flight. The default.
-    DropOldest,
-    /// The new one: its producer hears "not accepted".
-    RejectNew,
 }
 
 /// The local socket that `fieldpost status` and `fieldpost publish` speak to.
@@ -161,44 +140,6 @@ pub struct ModbusLine {
     pub timeout: Duration,
     /// Its units.
     pub units: Vec<ModbusUnit>,
-}
-
-/// How a Modbus line is reached.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Transport {
-    /// Modbus TCP.
-    Tcp {
-        /// Host name or address, without brackets.
-        host: String,
-        /// Default 502.
-        port: u16,
-    },
-    /// Modbus RTU on a serial port.
-    Rtu(SerialPort),
-}
-
-/// A serial port's settings.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SerialPort {
-    /// The device, best by a `/dev/serial/by-id/` name. Always a full path.
-    pub device: PathBuf,
-    /// Default 9600; 300 to 4,000,000.
-    pub baud_rate: u32,
-    /// `none`, `even` or `odd`. Default even, as the Modbus serial line specification says.
-    pub parity: Parity,
-    /// 1 or 2. Default 1 with parity, 2 without.
-    pub stop_bits: u8,
-}
-
-/// Parity of a serial port.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Parity {
-    /// No parity bit.
-    None,
-    /// Even parity.
-    Even,
-    /// Odd parity.
-    Odd,
 }
 
 /// One unit (a slave, on a serial line).

@@ -1,1 +1,360 @@
-//! What is told about the gateway's own state.
+//! What is told about the gateway's own state: status screens, the health message, unit states, gap records.
+//!
+//! One task answers the control socket and speaks for the gateway. Invariant: what a limit or damage took is
+//! told upstream (P5), and its gap is closed in the transaction that stores the telling.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{Instant, MissedTickBehavior, interval};
+use tracing::{info, warn};
+
+use crate::clock::{self, Stamp};
+use crate::control::wire::{self, Answer};
+use crate::control::{Ask, Request};
+use crate::message::{Lane, Message, Qos};
+use crate::policy::format::{self, Health, LaneHealth, LineHealth, LinkHealth, StoreHealth};
+use crate::source::modbus::LineStatus;
+use crate::stats::Stats;
+use crate::store::{self, Gap, Look, NotAccepted};
+use crate::uplink::connection::{LinkState, LinkStatus};
+use crate::uplink::presence::{Announcement, Presence};
+
+/// How often states and gaps are looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// Publish requests from the control socket that wait for their commit, at most.
+const PUBLISHING_MAX: usize = 4096;
+
+/// What does not change while the agent runs.
+#[derive(Debug, Clone)]
+pub struct Facts {
+    /// The gateway's id.
+    pub gateway: String,
+    /// The broker's URL without user name and password.
+    pub broker: String,
+    /// `5` or `3.1.1`.
+    pub protocol: &'static str,
+    /// The database file.
+    pub store_path: String,
+    /// How often the health message is published.
+    pub health_interval: Duration,
+    /// When the agent started.
+    pub started: Stamp,
+}
+
+/// The task and what it looks at.
+pub struct Reporter {
+    /// What does not change.
+    pub facts: Facts,
+    /// Topics and payloads of what we say about ourselves.
+    pub presence: Presence,
+    /// The outbox.
+    pub store: store::Handle,
+    /// The counters.
+    pub stats: Arc<Stats>,
+    /// The link's state.
+    pub link: watch::Receiver<LinkStatus>,
+    /// Every line's state, in the order of the configuration.
+    pub lines: Vec<watch::Receiver<LineStatus>>,
+    /// To the uplink: what is said outside the store.
+    pub announcements: mpsc::Sender<Announcement>,
+    /// To the uplink: QoS 0 messages.
+    pub qos0: mpsc::Sender<Message>,
+}
+
+enum Wake {
+    Asked(Request),
+    Published(oneshot::Sender<Answer>, Answer),
+    Tick,
+    Stop,
+}
+
+/// A publish request that waits for its commit.
+type Published = BoxFuture<'static, (oneshot::Sender<Answer>, Answer)>;
+
+impl Reporter {
+    /// Runs until every asker has hung up or `stop` says so.
+    pub async fn run(mut self, mut requests: mpsc::Receiver<Request>, mut stop: watch::Receiver<bool>) {
+        let mut publishing: FuturesUnordered<Published> = FuturesUnordered::new();
+        let mut told = Told::default();
+        let mut ticks = interval(LOOK_EVERY);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let wake = tokio::select! {
+                Some((reply, answer)) = publishing.next() => Wake::Published(reply, answer),
+                Some(request) = requests.recv(), if publishing.len() < PUBLISHING_MAX => Wake::Asked(request),
+                _ = ticks.tick() => Wake::Tick,
+                _ = stop.wait_for(|stop| *stop) => Wake::Stop,
+            };
+            match wake {
+                Wake::Asked(request) => publishing.extend(self.answer(request).await),
+                Wake::Published(reply, answer) => tell(reply, answer),
+                Wake::Tick => self.speak(&mut told).await,
+                Wake::Stop => break,
+            }
+        }
+        while let Some((reply, answer)) = publishing.next().await {
+            tell(reply, answer);
+        }
+    }
+
+    async fn answer(&self, Request { ask, reply }: Request) -> Option<Published> {
+        match ask {
+            Ask::Status => tell(reply, Answer::Status(Box::new(self.status().await))),
+            Ask::Publish(message) if message.qos == Qos::AtMostOnce => {
+                let answer = match self.qos0.try_send(message) {
+                    Ok(()) => Answer::HandedOver {},
+                    Err(_) => {
+                        self.stats.qos0_dropped.increment();
+                        Answer::Refused { reason: "the link is busy; QoS 0 messages are not queued".into() }
+                    }
+                };
+                tell(reply, answer);
+            }
+            Ask::Publish(message) => {
+                let (store, stats) = (self.store.clone(), Arc::clone(&self.stats));
+                return Some(Box::pin(async move {
+                    let answer = match store.append(vec![message]).await {
+                        Ok(_) => Answer::Accepted {},
+                        Err(refusal) => {
+                            stats.messages_not_accepted.increment();
+                            Answer::Refused { reason: refusal.to_string() }
+                        }
+                    };
+                    (reply, answer)
+                }));
+            }
+        }
+        None
+    }
+
+    /// Says what has changed since it was last told, and what is due.
+    async fn speak(&mut self, told: &mut Told) {
+        let connected = self.link.borrow().state == LinkState::Connected;
+        if !connected {
+            // A new connection is told everything anew: retained states may have been lost with the session.
+            *told = Told { gap_error: told.gap_error, ..Told::default() };
+            return;
+        }
+        self.tell_units(told);
+        let Some(Ok(look)) = self.store.look().await else { return };
+        if !look.gaps.is_empty() {
+            self.tell_gaps(&look.gaps, told).await;
+        }
+        if told.health.is_none_or(|at| at.elapsed() >= self.facts.health_interval) {
+            told.health = Some(Instant::now());
+            let health = self.health(&look);
+            self.announce(health);
+        }
+    }
+
+    fn tell_units(&self, told: &mut Told) {
+        for line in &self.lines {
+            let line = line.borrow();
+            for unit in line.units.iter().filter(|unit| unit.polls > 0) {
+                let key = (line.name.clone(), unit.name.clone());
+                if told.units.get(&key) == Some(&unit.ok) {
+                    continue;
+                }
+                let fault = (!unit.ok).then(|| unit.last_error.as_deref().unwrap_or("it failed"));
+                match self.presence.unit(&line.name, &unit.name, fault, clock::now()) {
+                    Ok(announcement) => self.announce(announcement),
+                    Err(error) => warn!(%error, unit = unit.name, "the unit's state has no topic"),
+                }
+                told.units.insert(key, unit.ok);
+            }
+        }
+    }
+
+    async fn tell_gaps(&self, gaps: &[Gap], told: &mut Told) {
+        let message = |gap: &Gap| Message {
+            topic: self.presence.gap_topic().clone(),
+            qos: Qos::AtLeastOnce,
+            retain: false,
+            lane: Lane::Alarm,
+            at: clock::now(),
+            expires_after: None,
+            payload: format::gap(
+                &self.facts.gateway,
+                &format::Gap {
+                    lane: gap.lane,
+                    first_seq: gap.first,
+                    last_seq: gap.last,
+                    count: gap.count,
+                    reason: &gap.reason,
+                },
+            ),
+        };
+        let outcome = self.store.report_gaps(gaps.iter().map(message).collect(), gaps.to_vec()).await;
+        match outcome {
+            Ok(_) => {
+                let messages: u64 = gaps.iter().map(|gap| gap.count).sum();
+                info!(messages, "told the broker's side which messages were dropped");
+                told.gap_error = false;
+            }
+            Err(NotAccepted::Stopping) => {}
+            Err(error) if !told.gap_error => {
+                warn!(%error, "gap records could not be stored; they are tried again");
+                told.gap_error = true;
+            }
+            Err(_) => {}
+        }
+    }
+
+    fn announce(&self, announcement: Announcement) {
+        // The uplink's channel is full only while the link is stuck; then the next look tells it again.
+        let _full = self.announcements.try_send(announcement);
+    }
+
+    fn health(&self, look: &Look) -> Announcement {
+        let now = clock::now();
+        let link = self.link.borrow();
+        let queue = lanes(look, |lane, depth| LaneHealth {
+            lane,
+            messages: depth.messages,
+            bytes: depth.bytes,
+            oldest_age_s: depth.oldest_age_ms.map(|ms| ms / 1000),
+        });
+        let dropped = dropped_by_reason(look);
+        let dropped: Vec<(&str, u64)> = dropped.iter().map(|(reason, n)| (reason.as_str(), *n)).collect();
+        let lines: Vec<_> = self.lines.iter().map(|line| line.borrow().clone()).collect();
+        let lines: Vec<_> = lines
+            .iter()
+            .map(|line| LineHealth {
+                name: &line.name,
+                error: line.error.as_deref(),
+                units: line
+                    .units
+                    .iter()
+                    .map(|unit| (unit.name.as_str(), unit.last_error.as_deref().filter(|_| !unit.ok)))
+                    .collect(),
+            })
+            .collect();
+        self.presence.health(&Health {
+            at: now,
+            uptime_s: now.ms_since(self.facts.started) / 1000,
+            epoch: look.boot.epoch,
+            link: LinkHealth {
+                up_s: Some(now.wall_ms.saturating_sub(link.since_ms).max(0) as u64 / 1000),
+                connects: self.stats.connects.get(),
+                connect_failures: self.stats.connect_failures.get(),
+                last_error: link.last_error.as_deref(),
+            },
+            queue: &queue,
+            dropped: &dropped,
+            dead_letters: look.dead_letters,
+            store: StoreHealth { used_bytes: look.used_bytes, quota_bytes: look.quota, error: None },
+            lines: &lines,
+        })
+    }
+
+    async fn status(&self) -> wire::Status {
+        let now = clock::now();
+        let look = self.store.look().await;
+        let (look, error) = match look {
+            Some(Ok(look)) => (Some(look), None),
+            Some(Err(error)) => (None, Some(error.to_string())),
+            None => (None, Some("the store has stopped".to_owned())),
+        };
+        wire::Status {
+            gateway: self.facts.gateway.clone(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            uptime_ms: now.ms_since(self.facts.started),
+            link: self.link_status(now),
+            queue: look.as_ref().map_or_else(Vec::new, |look| {
+                lanes(look, |lane, depth| wire::LaneQueue {
+                    lane: lane.name().into(),
+                    messages: depth.messages,
+                    bytes: depth.bytes,
+                    oldest_age_ms: depth.oldest_age_ms,
+                    in_flight: depth.in_flight,
+                })
+            }),
+            dropped: look.as_ref().map_or_else(BTreeMap::new, dropped_by_reason),
+            dead_letters: look.as_ref().map_or(0, |look| look.dead_letters),
+            store: wire::Store {
+                path: self.facts.store_path.clone(),
+                quota_bytes: look.as_ref().map_or(0, |look| look.quota),
+                used_bytes: look.as_ref().map_or(0, |look| look.used_bytes),
+                epoch: look.as_ref().map_or(0, |look| look.boot.epoch),
+                accepting: error.is_none(),
+                error,
+            },
+            lines: self.lines.iter().map(|line| line_status(&line.borrow(), now)).collect(),
+            counters: self.stats.all().into_iter().map(|(name, n)| (name.to_owned(), n)).collect(),
+        }
+    }
+
+    fn link_status(&self, now: Stamp) -> wire::Link {
+        let link = self.link.borrow();
+        let (state, retry_in_ms) = match link.state {
+            LinkState::Connecting => (wire::LinkState::Connecting, None),
+            LinkState::Connected => (wire::LinkState::Connected, None),
+            LinkState::Waiting { until_mono_ms } => {
+                (wire::LinkState::Waiting, Some(until_mono_ms.saturating_sub(now.mono_ms)))
+            }
+        };
+        wire::Link {
+            state,
+            state_age_ms: now.wall_ms.saturating_sub(link.since_ms).max(0) as u64,
+            broker: self.facts.broker.clone(),
+            protocol: self.facts.protocol.into(),
+            session_present: link.session_present,
+            last_error: link.last_error.clone(),
+            retry_in_ms,
+            downgrades: link.downgrades.clone(),
+            in_flight: link.in_flight,
+            keep_alive_s: link.keep_alive_s,
+        }
+    }
+}
+
+/// What this connection has been told.
+#[derive(Debug, Default)]
+struct Told {
+    units: BTreeMap<(String, String), bool>,
+    health: Option<Instant>,
+    gap_error: bool,
+}
+
+fn tell(reply: oneshot::Sender<Answer>, answer: Answer) {
+    // Whoever asked may have gone.
+    let _gone = reply.send(answer);
+}
+
+fn lanes<T>(look: &Look, show: impl Fn(Lane, &store::LaneDepth) -> T) -> Vec<T> {
+    Lane::ALL.into_iter().zip(&look.lanes).map(|(lane, depth)| show(lane, depth)).collect()
+}
+
+fn dropped_by_reason(look: &Look) -> BTreeMap<String, u64> {
+    let mut dropped = BTreeMap::new();
+    for (_, reason, count) in &look.dropped {
+        *dropped.entry(reason.clone()).or_insert(0) += count;
+    }
+    dropped
+}
+
+fn line_status(line: &LineStatus, now: Stamp) -> wire::Line {
+    wire::Line {
+        name: line.name.clone(),
+        up: line.up,
+        error: line.error.clone(),
+        units: line
+            .units
+            .iter()
+            .map(|unit| wire::Unit {
+                name: unit.name.clone(),
+                ok: unit.ok,
+                last_error: unit.last_error.clone(),
+                polls: unit.polls,
+                errors: unit.errors,
+                last_ok_age_ms: unit.last_ok.map(|at| now.ms_since(at)),
+            })
+            .collect(),
+    }
+}

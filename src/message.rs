@@ -192,6 +192,17 @@ impl Payload {
         }
     }
 
+    /// The bytes that will be sent for a message that is never stored, and so has no number.
+    pub fn unnumbered(self) -> Bytes {
+        match self {
+            Payload::Whole(bytes) => bytes,
+            Payload::Numbered(mut open) => {
+                open.push(b'}');
+                open.into()
+            }
+        }
+    }
+
     /// Bytes this payload will take at most once it is finished.
     pub fn len_max(&self) -> usize {
         match self {

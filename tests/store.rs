@@ -8,7 +8,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use fieldpost::clock::{self, Stamp};
 use fieldpost::message::{Lane, Message, PacketId, Payload, Qos, Seq, Topic};
-use fieldpost::store::{Append, Batch, Committed, Faults, NotAccepted, Settings, Store, StoreError, WhenFull};
+use fieldpost::store::{
+    Append, Batch, Committed, Faults, NotAccepted, Settings, Store, StoreError, WhenFull,
+};
 use fieldpost::turn::{Begin, Change, Hold, Inbound, Offer, OnSessionLoss, Resume, RowState, Taken};
 
 fn settings(folder: &Path) -> Settings {
@@ -96,10 +98,9 @@ fn what_is_accepted_is_there_after_opening_again_and_numbers_never_restart() {
     let folder = tempfile::tempdir().unwrap();
     let mut store = open(folder.path());
     accept(&mut store, texts("t", Qos::AtLeastOnce, 0..3));
-    let done = take(&mut store, 2000, 3).into_iter().map(|taken| Change::Acknowledged {
-        lane: taken.record.lane,
-        seq: taken.record.seq,
-    });
+    let done = take(&mut store, 2000, 3)
+        .into_iter()
+        .map(|taken| Change::Acknowledged { lane: taken.record.lane, seq: taken.record.seq });
     settle(&mut store, done.collect());
     assert_eq!(store.look(clock::now()).unwrap().used_bytes, 0, "a drained queue takes no space");
     drop(store);
@@ -113,10 +114,8 @@ fn what_is_accepted_is_there_after_opening_again_and_numbers_never_restart() {
 fn a_numbered_payload_carries_the_number_it_was_accepted_under() {
     let folder = tempfile::tempdir().unwrap();
     let mut store = open(folder.path());
-    let numbered = || Message {
-        payload: Payload::Numbered(b"{\"v\":1".to_vec()),
-        ..message("t", Qos::ExactlyOnce, "")
-    };
+    let numbered =
+        || Message { payload: Payload::Numbered(b"{\"v\":1".to_vec()), ..message("t", Qos::ExactlyOnce, "") };
     accept(&mut store, vec![numbered(), numbered()]);
     assert_eq!(
         payloads(&take(&mut store, 2000, 2)),
@@ -303,7 +302,10 @@ fn not_authorized_holds_the_lane_and_no_other() {
 fn a_message_the_broker_can_never_take_becomes_a_dead_letter_and_is_counted() {
     let folder = tempfile::tempdir().unwrap();
     let mut store = open(folder.path());
-    accept(&mut store, vec![message("t", Qos::ExactlyOnce, &"x".repeat(500)), message("t", Qos::ExactlyOnce, "y")]);
+    accept(
+        &mut store,
+        vec![message("t", Qos::ExactlyOnce, &"x".repeat(500)), message("t", Qos::ExactlyOnce, "y")],
+    );
     let small = Offer { max_publish_bytes: Some(100), ..offer(2000, 5) };
     assert_eq!(payloads(&take_at(&mut store, small, clock::now())), ["y"]);
     let look = store.look(clock::now()).unwrap();
@@ -315,13 +317,17 @@ fn a_message_the_broker_can_never_take_becomes_a_dead_letter_and_is_counted() {
 fn an_expired_message_is_dropped_counted_and_told_in_a_gap() {
     let folder = tempfile::tempdir().unwrap();
     let mut store = open(folder.path());
-    let short = Message { expires_after: Some(Duration::from_secs(10)), ..message("t", Qos::AtLeastOnce, "old") };
+    let short =
+        Message { expires_after: Some(Duration::from_secs(10)), ..message("t", Qos::AtLeastOnce, "old") };
     accept(&mut store, vec![short, message("t", Qos::AtLeastOnce, "new")]);
     let now = clock::now();
     let later = Stamp { mono_ms: now.mono_ms + 11_000, ..now };
     assert_eq!(payloads(&take_at(&mut store, offer(2000, 5), later)), ["new"]);
     let gaps = store.look(later).unwrap().gaps;
-    assert_eq!((gaps.len(), gaps[0].reason.as_str(), gaps[0].first, gaps[0].count), (1, "expired", Seq(1), 1));
+    assert_eq!(
+        (gaps.len(), gaps[0].reason.as_str(), gaps[0].first, gaps[0].count),
+        (1, "expired", Seq(1), 1)
+    );
 }
 
 #[test]
@@ -380,7 +386,10 @@ fn a_full_queue_that_rejects_still_records_everything_else() {
         response_topic: None,
         correlation_data: None,
     };
-    settle(&mut store, vec![Change::Received(id(2000)), Change::InboundOpened { id: id(7), hash: 9, inbound }]);
+    settle(
+        &mut store,
+        vec![Change::Received(id(2000)), Change::InboundOpened { id: id(7), hash: 9, inbound }],
+    );
     let report = Append {
         messages: vec![Message { lane: Lane::Alarm, ..message("gap", Qos::AtLeastOnce, "gap") }],
         closes: vec![fieldpost::store::Gap {

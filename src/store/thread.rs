@@ -312,11 +312,7 @@ impl Worker {
     }
 
     /// Takes a request in; the reply of the last one of all is returned.
-    fn handle(
-        &mut self,
-        request: Request,
-        turns: &mut mpsc::Receiver<Turn>,
-    ) -> Option<oneshot::Sender<()>> {
+    fn handle(&mut self, request: Request, turns: &mut mpsc::Receiver<Turn>) -> Option<oneshot::Sender<()>> {
         match request {
             Request::Append { append, reply } => {
                 let interval = append.messages.iter().map(|m| self.commit_interval[m.lane as usize]).min();
@@ -408,9 +404,8 @@ impl Worker {
         counts: &[usize],
     ) {
         for ((reply, outcome), count) in replies.into_iter().zip(committed.appends).zip(counts) {
-            match &outcome {
-                Ok(()) => self.stats.messages_accepted.add(*count as u64),
-                Err(_) => self.stats.messages_not_accepted.add(*count as u64),
+            if outcome.is_ok() {
+                self.stats.messages_accepted.add(*count as u64);
             }
             let _gone = reply.send(outcome.map(|()| Accepted { messages: *count }));
         }
@@ -437,7 +432,6 @@ impl Worker {
         tracing::error!(%error, "a commit failed; nothing of it was told to anybody");
         self.offer = None;
         for reply in replies {
-            self.stats.messages_not_accepted.increment();
             let _gone = reply.send(Err(NotAccepted::Failed(error.clone())));
         }
         self.turned(Turned::Failed(error));

@@ -1,1 +1,718 @@
-//! The uplink task: connects, turns, reconnects.
+//! The uplink task: connects, carries the session's packets and turns, waits, connects again.
+//!
+//! All it decides is when to connect and when to stop; what is sent and what it means is the session's.
+//! Invariant: whatever comes from the store carries its connection's number, and is thrown away on another.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep_until, timeout, timeout_at};
+use tracing::{debug, error, info, warn};
+
+use super::backoff::{Backoff, Cause};
+use super::link::{self, ConnectError, Endpoint, Link, LinkError, Stream};
+use super::packet::{Connect, Packet, Protocol};
+use super::presence::{Announcement, Heard, Presence};
+use super::session::{self, Carry, Counted, Event, Session, SessionError};
+use super::tls;
+use crate::clock;
+use crate::message::{Message, Topic};
+use crate::policy::format::Speaker;
+use crate::stats::Stats;
+use crate::store::{self, StoreError, Turn, Turned};
+
+/// Changes and gates that wait for a commit, at most, before reading from the broker pauses.
+const BACKLOG_MAX: usize = 4096;
+/// Packets handled between two turns, at most.
+const PACKETS_PER_TURN: usize = 1024;
+/// QoS 1 and 2 messages the broker may have under way to us (announced on MQTT 5).
+const RECEIVE_MAX: u16 = 64;
+/// Sent bytes may stay unacknowledged for so long before the kernel gives the connection up.
+const USER_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long DISCONNECT and the presence before it may take.
+const GOODBYE: Duration = Duration::from_secs(2);
+/// A connection the broker closes sooner than this after another like it looks like a takeover.
+const SHORT_LIFE: Duration = Duration::from_secs(30);
+/// How many of those in a row are called one.
+const SHORT_LIVES: u32 = 4;
+
+/// What the uplink is made with.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Host name or address.
+    pub host: String,
+    /// Port.
+    pub port: u16,
+    /// `Some` for TLS.
+    pub tls: Option<tls::Settings>,
+    /// Client Identifier.
+    pub client_id: String,
+    /// User name.
+    pub username: Option<String>,
+    /// File that holds the password, read at every connect.
+    pub password_file: Option<PathBuf>,
+    /// Session Expiry Interval.
+    pub session_expiry: Duration,
+    /// For TCP, TLS and CONNACK together.
+    pub connect_timeout: Duration,
+    /// Longest delay between two attempts.
+    pub backoff_max: Duration,
+    /// Largest packet taken from the broker, in bytes.
+    pub max_packet: u32,
+    /// Whether a Will is registered.
+    pub will: bool,
+    /// Topic prefix of presence.
+    pub base: Topic,
+    /// Who speaks there.
+    pub speaker: Speaker,
+    /// The session's own.
+    pub session: session::Settings,
+}
+
+/// How far a stop has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stop {
+    /// Not asked for.
+    No,
+    /// What is in flight is finished until then, then goodbye.
+    DrainUntil(Instant),
+    /// At once.
+    Now,
+}
+
+/// Where the link is, for screens and the health message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LinkStatus {
+    /// What it is doing.
+    pub state: LinkState,
+    /// Unix time of the last change of state, in ms.
+    pub since_ms: i64,
+    /// Why the last connection or attempt ended.
+    pub last_error: Option<String>,
+    /// Subscriptions granted at less than was asked for, in words.
+    pub downgrades: Vec<String>,
+    /// QoS 1 and 2 messages in flight.
+    pub in_flight: u64,
+    /// Whether the broker still had the session at the last connect.
+    pub session_present: Option<bool>,
+    /// Another client uses our identifier, or the database was a copy: in words.
+    pub alarm: Option<String>,
+    /// Keep Alive of the connection, in seconds.
+    pub keep_alive_s: u64,
+}
+
+/// What the link is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LinkState {
+    /// An attempt is being made.
+    Connecting,
+    /// Messages flow.
+    Connected,
+    /// The next attempt is made at that monotonic time, in ms.
+    Waiting {
+        /// Monotonic, in ms.
+        until_mono_ms: u64,
+    },
+}
+
+impl LinkStatus {
+    /// Before the first attempt.
+    pub fn new() -> Self {
+        LinkStatus {
+            state: LinkState::Connecting,
+            since_ms: clock::now().wall_ms,
+            last_error: None,
+            downgrades: Vec::new(),
+            in_flight: 0,
+            session_present: None,
+            alarm: None,
+            keep_alive_s: 0,
+        }
+    }
+}
+
+impl Default for LinkStatus {
+    fn default() -> Self {
+        LinkStatus::new()
+    }
+}
+
+/// Why a connection ended.
+#[derive(Debug, thiserror::Error)]
+enum End {
+    #[error("{0}")]
+    Connect(#[from] ConnectError),
+    #[error("{0}")]
+    Tls(#[from] tls::SetupError),
+    #[error("cannot read the password file {path}: {source}; check [broker] password_file")]
+    Password { path: PathBuf, source: std::io::Error },
+    #[error("no CONNACK within {} s; is this an MQTT broker's port?", .0.as_secs())]
+    NoConnack(Duration),
+    #[error("{0}")]
+    Link(#[from] LinkError),
+    #[error("{0}")]
+    Session(#[from] SessionError),
+    #[error("the store failed, so the connection starts anew: {0}")]
+    Store(Arc<StoreError>),
+    #[error("the database is a copy of the past (its broker has seen start {boot}): it takes a new epoch")]
+    CopyOfThePast { boot: u64, epoch: Option<u32> },
+    #[error("another agent is online as this gateway (start {boot}); give each gateway its own [gateway] id")]
+    InUseElsewhere { boot: u64 },
+    #[error("the agent stops")]
+    Stopped,
+}
+
+impl End {
+    fn cause(&self) -> Cause {
+        match self {
+            End::InUseElsewhere { .. } | End::Session(SessionError::TakenOver) => Cause::TakenOver,
+            _ => Cause::Failed,
+        }
+    }
+
+    fn is_protocol_error(&self) -> bool {
+        matches!(self, End::Session(SessionError::Protocol(_)) | End::Link(LinkError::Protocol { .. }))
+    }
+
+    /// Ways in which a 3.1.1 broker throws out a client whose identifier another one uses.
+    fn is_hang_up(&self) -> bool {
+        matches!(self, End::Link(LinkError::Closed | LinkError::Io(_)))
+    }
+}
+
+/// The task and what it owns.
+pub struct Uplink {
+    settings: Settings,
+    store: store::Handle,
+    stats: Arc<Stats>,
+    status: watch::Sender<LinkStatus>,
+    qos0: mpsc::Receiver<Message>,
+    announcements: mpsc::Receiver<Announcement>,
+    stop: watch::Receiver<Stop>,
+    presence: Presence,
+    backoff: Backoff,
+    connections: u64,
+    short_lives: u32,
+}
+
+enum Wake {
+    Packet(Result<Packet, LinkError>),
+    Flushed(Result<(), LinkError>),
+    Turned(Option<Turned>),
+    Qos0(Message),
+    Announcement(Announcement),
+    Tick,
+    Stop,
+}
+
+impl Uplink {
+    /// The task, not yet running.
+    ///
+    /// # Errors
+    /// The base topic leaves no room for what comes below it.
+    pub fn new(
+        settings: Settings,
+        store: store::Handle,
+        stats: Arc<Stats>,
+        status: watch::Sender<LinkStatus>,
+        qos0: mpsc::Receiver<Message>,
+        announcements: mpsc::Receiver<Announcement>,
+        stop: watch::Receiver<Stop>,
+    ) -> Result<Self, crate::message::TopicError> {
+        let presence = Presence::new(&settings.base, settings.speaker.clone())?;
+        let backoff = Backoff::new(settings.backoff_max);
+        Ok(Uplink {
+            settings,
+            store,
+            stats,
+            status,
+            qos0,
+            announcements,
+            stop,
+            presence,
+            backoff,
+            connections: 0,
+            short_lives: 0,
+        })
+    }
+
+    /// Connects again and again until it is asked to stop.
+    pub async fn run(mut self) {
+        let mut carry = Carry::default();
+        while *self.stop.borrow() == Stop::No {
+            self.set_state(LinkState::Connecting);
+            let began = Instant::now();
+            let end;
+            (end, carry) = self.connection(carry).await;
+            if matches!(end, End::Stopped) {
+                break;
+            }
+            let cause = self.explain(&end, began);
+            if let End::CopyOfThePast { boot, epoch } = end {
+                self.disown(boot, epoch).await;
+                carry = Carry::default();
+            }
+            self.wait(cause).await;
+        }
+        debug!("the uplink has stopped");
+    }
+
+    /// Logs and shows why a connection ended, and says how to wait.
+    fn explain(&mut self, end: &End, began: Instant) -> Cause {
+        let was_connected = self.status.borrow().state == LinkState::Connected;
+        if !was_connected {
+            self.stats.connect_failures.increment();
+        }
+        if end.is_protocol_error() {
+            self.stats.protocol_errors.increment();
+        }
+        let short = was_connected && end.is_hang_up() && began.elapsed() < SHORT_LIFE;
+        self.short_lives = if short { self.short_lives + 1 } else { 0 };
+        let mut cause = end.cause();
+        let mut reason = end.to_string();
+        if self.short_lives >= SHORT_LIVES {
+            cause = Cause::TakenOver;
+            reason = format!(
+                "{reason}; the broker has closed {SHORT_LIVES} connections one soon after the other: probably another \
+                 client uses the client id {:?}",
+                self.settings.client_id
+            );
+        }
+        let known = self.status.borrow().last_error.as_deref() == Some(reason.as_str());
+        match (known, was_connected) {
+            (true, _) => debug!(reason, "still no connection to the broker"),
+            (false, true) => warn!(reason, "the connection to the broker ended"),
+            (false, false) => warn!(reason, "no connection to the broker"),
+        }
+        let alarm = (cause == Cause::TakenOver).then(|| reason.clone());
+        self.status.send_modify(|status| {
+            status.last_error = Some(reason);
+            status.alarm = alarm;
+            status.in_flight = 0;
+        });
+        cause
+    }
+
+    async fn disown(&mut self, boot: u64, epoch: Option<u32>) {
+        let policy = self.settings.session.on_session_loss;
+        let boot = u32::try_from(boot).unwrap_or(u32::MAX - 1);
+        let disowned = self.store.disown(epoch.unwrap_or(0), boot, policy).await;
+        if let Err(Some(error)) = disowned {
+            error!(%error, "the copied database could not take a new epoch");
+        }
+    }
+
+    /// Waits before the next attempt; what cannot be sent meanwhile is counted.
+    async fn wait(&mut self, cause: Cause) {
+        let now_ms = clock::now().mono_ms;
+        let delay = self.backoff.wait(cause, now_ms, fastrand::f64());
+        self.set_state(LinkState::Waiting { until_mono_ms: now_ms + delay.as_millis() as u64 });
+        debug!(delay_ms = delay.as_millis() as u64, "waiting before the next attempt to connect");
+        let until = Instant::now() + delay;
+        loop {
+            tokio::select! {
+                Some(_) = self.qos0.recv() => self.stats.qos0_dropped.increment(),
+                Some(_) = self.announcements.recv() => {}
+                _ = self.stop.changed() => return,
+                () = sleep_until(until) => return,
+            }
+        }
+    }
+
+    fn set_state(&self, state: LinkState) {
+        self.status.send_modify(|status| {
+            status.state = state;
+            status.since_ms = clock::now().wall_ms;
+        });
+    }
+
+    /// One connection, from what must be committed before CONNECT to its end.
+    async fn connection(&mut self, carry: Carry) -> (End, Carry) {
+        let owner =
+            (format!("{}:{}", self.settings.host, self.settings.port), self.settings.client_id.clone());
+        let policy = self.settings.session.on_session_loss;
+        let (turned_to, mut turned) = mpsc::channel(8);
+        let begun = match self.store.begin(owner, policy, carry.unacked(), turned_to).await {
+            Ok((begin, settled)) => {
+                self.stats.possibly_doubled.add(settled.possibly_doubled);
+                self.stats.possibly_lost.add(settled.possibly_lost);
+                begin
+            }
+            Err(Some(error)) => return (End::Store(error), carry.after_store_failure()),
+            Err(None) => return (End::Stopped, carry),
+        };
+        self.connections += 1;
+        self.presence.set_boot(u64::from(begun.boot));
+        let (epoch, queued) = (begun.epoch, begun.queued);
+        let nonce = fastrand::u64(..);
+        let now_ms = clock::now().mono_ms;
+        let settings =
+            session::Settings { presence: self.presence.topic().clone(), ..self.settings.session.clone() };
+        let mut session = Session::new(settings, self.connections, nonce, begun, carry, now_ms);
+        let end = match self.converse(&mut session, &mut turned, epoch, queued).await {
+            Ok(()) => End::Stopped,
+            Err(end) => end,
+        };
+        if matches!(end, End::Store(_)) {
+            return (end, session.into_carry().after_store_failure());
+        }
+        let unsaved = session.take_unsaved();
+        if !unsaved.is_empty() {
+            let turn = Turn { connection: session.connection(), changes: unsaved, offer: None };
+            self.store.turn(turn).await;
+        }
+        (end, session.into_carry())
+    }
+
+    async fn converse(
+        &mut self,
+        session: &mut Session,
+        turned: &mut mpsc::Receiver<Turned>,
+        epoch: u32,
+        queued: u64,
+    ) -> Result<(), End> {
+        if session.clean_start() && self.settings.session.protocol == Protocol::V311 {
+            self.discard_session().await?;
+        }
+        let clean = session.clean_start() && self.settings.session.protocol == Protocol::V5;
+        if session.clean_start() {
+            info!(
+                "the broker's session is not the one of this database: it is discarded, queued commands with it"
+            );
+        }
+        let mut link = self.open(clean).await?;
+        let deadline = Instant::now() + self.settings.connect_timeout;
+        let mut stop = self.stop.clone();
+        let connack = tokio::select! {
+            packet = timeout_at(deadline, link.next()) => {
+                packet.map_err(|_| End::NoConnack(self.settings.connect_timeout))??
+            }
+            _ = stop.wait_for(|stop| *stop != Stop::No) => return Err(End::Stopped),
+        };
+        session.on_packet(connack, clock::now().mono_ms)?;
+        self.on_connected(session, &mut link);
+        loop {
+            self.act(session, &mut link, epoch, queued).await?;
+            let wake = self.wake(session, &mut link, turned).await;
+            if let Wake::Stop = wake {
+                return self.goodbye(session, &mut link, turned, epoch).await;
+            }
+            self.handle(wake, session, &mut link).await?;
+        }
+    }
+
+    /// Opens the stream and queues CONNECT.
+    async fn open(&self, clean: bool) -> Result<Link<Stream>, End> {
+        let settings = &self.settings;
+        let tls = settings.tls.as_ref().map(|tls| tls::Client::new(tls, &settings.host)).transpose()?;
+        let endpoint = Endpoint {
+            host: &settings.host,
+            port: settings.port,
+            tls: tls.as_ref(),
+            timeout: settings.connect_timeout,
+            user_timeout: USER_TIMEOUT,
+        };
+        let mut stop = self.stop.clone();
+        let stream = tokio::select! {
+            stream = link::open(&endpoint) => stream?,
+            _ = stop.wait_for(|stop| *stop != Stop::No) => return Err(End::Stopped),
+        };
+        let mut link = Link::new(stream, settings.session.protocol, settings.max_packet);
+        link.queue(&Packet::Connect(Box::new(self.connect(clean)?)))?;
+        Ok(link)
+    }
+
+    fn connect(&self, clean: bool) -> Result<Connect, End> {
+        let settings = &self.settings;
+        let password = match &settings.password_file {
+            None => None,
+            Some(path) => {
+                let read = std::fs::read_to_string(path);
+                let text = read.map_err(|source| End::Password { path: path.clone(), source })?;
+                Some(text.trim_end_matches(['\r', '\n']).to_owned())
+            }
+        };
+        Ok(Connect {
+            client_id: settings.client_id.clone(),
+            clean,
+            keep_alive_s: u16::try_from(settings.session.keep_alive_ms / 1000).unwrap_or(u16::MAX),
+            session_expiry_s: u32::try_from(settings.session_expiry.as_secs()).unwrap_or(u32::MAX),
+            receive_max: RECEIVE_MAX,
+            max_packet_bytes: settings.max_packet,
+            will: settings.will.then(|| self.presence.will()),
+            username: settings.username.clone(),
+            password,
+        })
+    }
+
+    /// MQTT 3.1.1 keeps no session that was begun clean: one clean connection on which nothing is published
+    /// discards the old session, and the next one begins a new, lasting one.
+    async fn discard_session(&self) -> Result<(), End> {
+        let mut link = self.open(true).await?;
+        let deadline = self.settings.connect_timeout;
+        match timeout(deadline, link.next()).await.map_err(|_| End::NoConnack(deadline))?? {
+            Packet::ConnAck(connack) if !connack.reason.is_error() => {}
+            Packet::ConnAck(connack) => {
+                let (reason, said) = (connack.reason, connack.reason_string);
+                return Err(SessionError::Refused { reason, said }.into());
+            }
+            other => return Err(SessionError::Protocol(format!("{} before CONNACK", other.name())).into()),
+        }
+        link.queue(&Packet::Disconnect(super::packet::ReasonCode::SUCCESS))?;
+        // A broker that does not close its side has read DISCONNECT all the same, or says so by "present".
+        let _closed = timeout(GOODBYE, link.close()).await;
+        Ok(())
+    }
+
+    fn on_connected(&mut self, session: &Session, link: &mut Link<Stream>) {
+        self.stats.connects.increment();
+        self.backoff.connected(clock::now().mono_ms);
+        self.presence.on_connected();
+        let limits = *session.limits();
+        if let Some(bytes) = limits.max_packet_bytes {
+            link.set_broker_max_packet(bytes);
+        }
+        let asked = self.settings.session_expiry.as_secs();
+        if let Some(granted) = limits.session_expiry_s.filter(|granted| u64::from(*granted) < asked) {
+            warn!(asked, granted, "the broker keeps the session for fewer seconds than asked for");
+        }
+        let keep_alive_s = limits.keep_alive_s.map_or(self.settings.session.keep_alive_ms / 1000, u64::from);
+        self.status.send_modify(|status| {
+            status.keep_alive_s = keep_alive_s;
+            status.downgrades.clear();
+            if let Some(qos) = limits.max_qos.filter(|qos| *qos < 2) {
+                status.downgrades.push(format!("the broker takes QoS {qos} at most"));
+            }
+            if limits.retain_available == Some(false) {
+                status.downgrades.push("the broker takes no retained messages".into());
+            }
+        });
+    }
+
+    /// Does everything that follows from what is known: events, turns, packets.
+    async fn act(
+        &mut self,
+        session: &mut Session,
+        link: &mut Link<Stream>,
+        epoch: u32,
+        queued: u64,
+    ) -> Result<(), End> {
+        for event in session.take_events() {
+            self.on_event(event, session, epoch, queued)?;
+        }
+        while let Some((changes, offer)) = session.turn() {
+            let turn = Turn { connection: session.connection(), changes, offer };
+            if !self.store.turn(turn).await {
+                return Err(End::Stopped);
+            }
+        }
+        while let Some(packet) = session.next_packet() {
+            link.queue(&packet)?;
+            session.on_written(clock::now().mono_ms);
+        }
+        Ok(())
+    }
+
+    async fn wake(
+        &mut self,
+        session: &Session,
+        link: &mut Link<Stream>,
+        turned: &mut mpsc::Receiver<Turned>,
+    ) -> Wake {
+        let reads = session.backlog() < BACKLOG_MAX;
+        let flushes = !reads && link.queued_bytes() > 0;
+        let tick = Instant::now() + Duration::from_millis(session.tick_within_ms());
+        let running = session.is_running();
+        let receive = async {
+            if reads {
+                Wake::Packet(link.next().await)
+            } else if flushes {
+                Wake::Flushed(link.flush().await)
+            } else {
+                std::future::pending().await
+            }
+        };
+        tokio::select! {
+            wake = receive => wake,
+            answer = turned.recv() => Wake::Turned(answer),
+            Some(message) = self.qos0.recv(), if running => Wake::Qos0(message),
+            Some(announcement) = self.announcements.recv(), if running => Wake::Announcement(announcement),
+            () = sleep_until(tick) => Wake::Tick,
+            _ = self.stop.changed() => Wake::Stop,
+        }
+    }
+
+    async fn handle(
+        &mut self,
+        wake: Wake,
+        session: &mut Session,
+        link: &mut Link<Stream>,
+    ) -> Result<(), End> {
+        let now_ms = clock::now().mono_ms;
+        match wake {
+            Wake::Packet(packet) => {
+                session.on_packet(packet?, now_ms)?;
+                for _ in 1..PACKETS_PER_TURN {
+                    let Some(packet) = link.try_next().await? else { break };
+                    session.on_packet(packet, now_ms)?;
+                }
+            }
+            Wake::Flushed(flushed) => flushed?,
+            Wake::Turned(Some(answer)) => on_turned(answer, session, now_ms)?,
+            Wake::Turned(None) => return Err(End::Stopped),
+            Wake::Qos0(message) => match session.publish_qos0(message) {
+                true => self.stats.qos0_sent.increment(),
+                false => self.stats.qos0_dropped.increment(),
+            },
+            Wake::Announcement(announcement) => announce(session, announcement, now_ms),
+            Wake::Tick | Wake::Stop => {}
+        }
+        session.tick(now_ms)?;
+        let in_flight = session.in_flight() as u64;
+        self.status
+            .send_if_modified(|status| std::mem::replace(&mut status.in_flight, in_flight) != in_flight);
+        Ok(())
+    }
+
+    fn on_event(&mut self, event: Event, session: &mut Session, epoch: u32, queued: u64) -> Result<(), End> {
+        match event {
+            Event::SessionSettled { present } => {
+                let online = self.presence.online(epoch, queued, clock::now());
+                announce(session, online, clock::now().mono_ms);
+                self.status.send_modify(|status| status.session_present = Some(present));
+                info!(session_present = present, "connected to the broker");
+            }
+            Event::Running => {
+                // What was meant for the moment of an outage is not worth sending now.
+                while self.qos0.try_recv().is_ok() {
+                    self.stats.qos0_dropped.increment();
+                }
+                self.status.send_modify(|status| status.last_error = None);
+                self.set_state(LinkState::Connected);
+            }
+            Event::Downgraded { filter, asked, granted } => {
+                let granted = granted.map_or("nothing".to_owned(), |qos| qos.to_string());
+                let words = format!("subscribed to {filter}: asked for {asked}, granted {granted}");
+                warn!("{words}");
+                self.status.send_modify(|status| status.downgrades.push(words));
+            }
+            Event::Presence(payload) => self.on_presence(&payload, session, epoch, queued)?,
+            Event::Count(what, n) => self.count(what, n),
+        }
+        Ok(())
+    }
+
+    fn on_presence(
+        &mut self,
+        payload: &Bytes,
+        session: &mut Session,
+        epoch: u32,
+        queued: u64,
+    ) -> Result<(), End> {
+        let topic = self.presence.topic().clone();
+        match self.presence.heard(&topic, payload) {
+            Heard::Nothing => Ok(()),
+            Heard::AnnounceAgain => {
+                let online = self.presence.online(epoch, queued, clock::now());
+                announce(session, online, clock::now().mono_ms);
+                Ok(())
+            }
+            Heard::CopyOfThePast { boot, epoch } => Err(End::CopyOfThePast { boot, epoch }),
+            Heard::InUseElsewhere { boot, .. } => Err(End::InUseElsewhere { boot }),
+        }
+    }
+
+    fn count(&self, what: Counted, n: u64) {
+        let stats = &self.stats;
+        let counter = match what {
+            Counted::NoMatchingSubscribers => &stats.no_matching_subscribers,
+            Counted::ResentWithDup => &stats.resent_with_dup,
+            Counted::PossiblyDoubled => &stats.possibly_doubled,
+            Counted::Ambiguous => &stats.ambiguous,
+            Counted::Abandoned => &stats.abandoned,
+            Counted::RefusedForNow => &stats.refused_for_now,
+            Counted::DeadLettered => &stats.dead_lettered,
+            Counted::OrderOvertaken => &stats.order_overtaken,
+            Counted::Downgraded => &stats.downgraded,
+            Counted::AcksUnexpected => &stats.acks_unexpected,
+            Counted::InboundRecorded => &stats.inbound_recorded,
+            Counted::InboundRepeated => &stats.inbound_repeated,
+            Counted::InboundRefused => &stats.inbound_refused,
+            Counted::SessionsLost => &stats.sessions_lost,
+        };
+        counter.add(n);
+    }
+
+    /// A planned stop: finish what is in flight, say that we are offline, disconnect. A clean DISCONNECT
+    /// discards the Will, hence the explicit word.
+    async fn goodbye(
+        &mut self,
+        session: &mut Session,
+        link: &mut Link<Stream>,
+        turned: &mut mpsc::Receiver<Turned>,
+        epoch: u32,
+    ) -> Result<(), End> {
+        session.drain();
+        let stop = *self.stop.borrow();
+        if let Stop::DrainUntil(deadline) = stop {
+            self.settle_until(deadline, session, link, turned, epoch).await?;
+        }
+        let stopped = self.presence.stopped(clock::now());
+        announce(session, stopped, clock::now().mono_ms);
+        self.settle_until(Instant::now() + GOODBYE, session, link, turned, epoch).await?;
+        session.disconnect();
+        self.act(session, link, epoch, 0).await?;
+        let _late = timeout(GOODBYE, link.flush()).await;
+        Ok(())
+    }
+
+    /// Goes on until nothing is in flight or the deadline passes; a second request to stop cuts it short.
+    async fn settle_until(
+        &mut self,
+        deadline: Instant,
+        session: &mut Session,
+        link: &mut Link<Stream>,
+        turned: &mut mpsc::Receiver<Turned>,
+        epoch: u32,
+    ) -> Result<(), End> {
+        loop {
+            self.act(session, link, epoch, 0).await?;
+            if session.is_idle() && link.queued_bytes() == 0 {
+                return Ok(());
+            }
+            let Ok(wake) = timeout_at(deadline, self.wake(session, link, turned)).await else {
+                return Ok(());
+            };
+            if let Wake::Stop = wake {
+                return Ok(());
+            }
+            self.handle(wake, session, link).await?;
+        }
+    }
+}
+
+fn on_turned(turned: Turned, session: &mut Session, now_ms: u64) -> Result<(), End> {
+    match turned {
+        Turned::Failed(error) => Err(End::Store(error)),
+        Turned::Done { connection, .. } if connection != session.connection() => Ok(()),
+        Turned::Done { settled, refused, taken, .. } => {
+            if settled.is_some() {
+                session.on_committed(&refused, now_ms);
+            }
+            if let Some(taken) = taken {
+                session.on_taken(taken, now_ms);
+            }
+            Ok(())
+        }
+    }
+}
+
+fn announce(session: &mut Session, announcement: Announcement, now_ms: u64) {
+    let Announcement { topic, payload, retain, .. } = announcement;
+    if !session.publish_presence(topic, payload, retain, now_ms) {
+        debug!("an announcement was dropped: too many wait for room");
+    }
+}

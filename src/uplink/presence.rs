@@ -10,7 +10,6 @@ use bytes::Bytes;
 
 use crate::clock::Stamp;
 use crate::message::{Qos, Topic, TopicError};
-use crate::point::Fault;
 use crate::policy::format::{self, Health, HeardPresence, Speaker};
 use crate::uplink::packet::Will;
 
@@ -94,6 +93,11 @@ impl Presence {
         })
     }
 
+    /// This start's number, once the store has told it; who was heard before has no say any more.
+    pub fn set_boot(&mut self, boot: u64) {
+        self.speaker.boot = boot;
+    }
+
     /// The presence topic: subscribe to it at QoS 1, without No Local, so that our own words come back.
     pub fn topic(&self) -> &Topic {
         &self.state
@@ -145,7 +149,7 @@ impl Presence {
         &self,
         line: &str,
         unit: &str,
-        fault: Option<&Fault>,
+        fault: Option<&str>,
         at: Stamp,
     ) -> Result<Announcement, TopicError> {
         if line.contains('/') || unit.contains('/') {

@@ -15,7 +15,7 @@ use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use bytes::Bytes;
 
 use super::packet::{ConnAck, Limits, Packet, Protocol, Publish, ReasonCode};
-use crate::message::{Lane, Message, PacketId, Payload, Qos, Record, Seq, Topic};
+use crate::message::{Lane, Message, PacketId, Qos, Record, Seq, Topic};
 use crate::turn::{Begin, Change, Hold, Inbound, Offer, OnSessionLoss, Resume, RowState, Taken};
 
 /// Identifiers 1 to this are for SUBSCRIBE, the canary and presence; messages go round above it.
@@ -564,7 +564,7 @@ impl Session {
 
     /// Sends a QoS 0 message, if messages flow.
     pub fn publish_qos0(&mut self, message: Message) -> bool {
-        let Payload::Whole(payload) = message.payload else { return false };
+        let payload = message.payload.unnumbered();
         if self.phase != Phase::Running {
             return false;
         }
@@ -609,7 +609,12 @@ impl Session {
             Packet::PingResp => self.ping_ms = None,
             Packet::Disconnect(ReasonCode::SESSION_TAKEN_OVER) => return Err(SessionError::TakenOver),
             Packet::Disconnect(reason) => return Err(SessionError::Disconnected(reason)),
-            Packet::ConnAck(_) | Packet::Connect(_) | Packet::Subscribe(..) | Packet::PingReq => {
+            Packet::ConnAck(_)
+            | Packet::Connect(_)
+            | Packet::Subscribe(..)
+            | Packet::Unsubscribe(..)
+            | Packet::UnsubAck(..)
+            | Packet::PingReq => {
                 return Err(SessionError::Protocol(format!("{} from the broker", packet.name())));
             }
         }
