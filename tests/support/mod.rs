@@ -1,0 +1,63 @@
+//! What integration tests and the demo share: a model broker, a TCP proxy that fails on demand, a real
+//! mosquitto, and waiting for conditions.
+//!
+//! Included by `mod support;`, or `#[path = "../tests/support/mod.rs"] mod support;` from `examples/`. Each
+//! crate that includes it uses a part of it, hence the `allow`s.
+#![allow(dead_code, unreachable_pub, unused_imports)]
+
+pub mod broker;
+pub mod mosquitto;
+pub mod proxy;
+
+use std::io;
+use std::net::{Ipv4Addr, TcpListener};
+use std::time::{Duration, Instant};
+
+/// Ports below those the system gives to outgoing connections (32768 on Linux): a server that stops for a while
+/// finds its port free again.
+const PORTS: std::ops::Range<u16> = 15_000..32_000;
+
+/// Listens on a free port of 127.0.0.1 to which a stopped server can come back.
+pub fn listen() -> io::Result<TcpListener> {
+    let mut result = TcpListener::bind((Ipv4Addr::LOCALHOST, fastrand::u16(PORTS)));
+    for _ in 0..100 {
+        if result.is_ok() {
+            break;
+        }
+        result = TcpListener::bind((Ipv4Addr::LOCALHOST, fastrand::u16(PORTS)));
+    }
+    let listener = result?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
+/// How often a condition is looked at.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// Blocks until the condition holds; false if it does not within the time.
+pub fn wait_until(within: Duration, mut condition: impl FnMut() -> bool) -> bool {
+    let deadline = Instant::now() + within;
+    loop {
+        if condition() {
+            return true;
+        }
+        if Instant::now() >= deadline {
+            return false;
+        }
+        std::thread::sleep(LOOK);
+    }
+}
+
+/// Waits until the condition holds; false if it does not within the time.
+pub async fn wait_until_async(within: Duration, mut condition: impl AsyncFnMut() -> bool) -> bool {
+    let deadline = tokio::time::Instant::now() + within;
+    loop {
+        if condition().await {
+            return true;
+        }
+        if tokio::time::Instant::now() >= deadline {
+            return false;
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
