@@ -141,6 +141,8 @@ impl Signals {
 
 /// Every task, and how it is told to stop.
 struct Agent {
+    /// Held until the stop, so that an agent without lines has a pipeline too.
+    readings: Option<mpsc::Sender<Reading>>,
     lines: JoinSet<()>,
     stop_lines: watch::Sender<bool>,
     pipeline: JoinSet<()>,
@@ -229,6 +231,7 @@ impl Agent {
             env!("CARGO_PKG_VERSION")
         );
         Ok(Agent {
+            readings: Some(readings),
             lines,
             stop_lines,
             pipeline,
@@ -276,6 +279,7 @@ impl Agent {
     async fn stop(&mut self, deadline: Instant) {
         let _gone = self.stop_lines.send(true);
         join(&mut self.lines, deadline, "the lines").await;
+        self.readings = None;
         join(&mut self.pipeline, deadline, "the pipeline").await;
         let _gone = self.stop_uplink.send(Stop::DrainUntil(deadline));
         // Beyond the deadline the uplink still says goodbye.
