@@ -21,7 +21,7 @@ use crate::message::{Lane, Message, Qos};
 use crate::policy::format::{self, Health, LaneHealth, LineHealth, LinkHealth, StoreHealth};
 use crate::source::modbus::LineStatus;
 use crate::stats::Stats;
-use crate::store::{self, Gap, Look, NotAccepted};
+use crate::store::{self, Damage, Gap, Look, NotAccepted};
 use crate::uplink::connection::{LinkState, LinkStatus};
 use crate::uplink::presence::{Announcement, Presence};
 
@@ -138,11 +138,15 @@ impl Reporter {
         let connected = self.link.borrow().state == LinkState::Connected;
         if !connected {
             // A new connection is told everything anew: retained states may have been lost with the session.
-            *told = Told { gap_error: told.gap_error, ..Told::default() };
+            *told = Told { gap_error: told.gap_error, damage: told.damage.take(), ..Told::default() };
             return;
         }
         self.tell_units(told);
         let Some(Ok(look)) = self.store.look().await else { return };
+        if let Some(damage) = look.damage.as_ref().filter(|damage| told.damage.as_ref() != Some(*damage)) {
+            self.tell_damage(damage).await;
+            told.damage = Some(damage.clone());
+        }
         if !look.gaps.is_empty() {
             self.tell_gaps(&look.gaps, told).await;
         }
@@ -168,6 +172,23 @@ impl Reporter {
                 }
                 told.units.insert(key, unit.ok);
             }
+        }
+    }
+
+    async fn tell_damage(&self, damage: &Damage) {
+        let text =
+            format::damage(&self.facts.gateway, damage.salvaged, damage.lost, &damage.what, clock::now());
+        let alarm = Message {
+            topic: self.presence.alarm_topic().clone(),
+            qos: Qos::AtLeastOnce,
+            retain: false,
+            lane: Lane::Alarm,
+            at: clock::now(),
+            expires_after: None,
+            payload: text,
+        };
+        if let Err(error) = self.store.append(vec![alarm]).await {
+            warn!(%error, "the alarm about the damaged database could not be stored");
         }
     }
 
@@ -320,6 +341,8 @@ struct Told {
     units: BTreeMap<(String, String), bool>,
     health: Option<Instant>,
     gap_error: bool,
+    /// Told once, through the store: it needs no repetition.
+    damage: Option<Damage>,
 }
 
 fn tell(reply: oneshot::Sender<Answer>, answer: Answer) {

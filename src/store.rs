@@ -9,6 +9,7 @@
 
 mod inbox;
 mod outbox;
+mod salvage;
 mod segment;
 mod session;
 mod thread;
@@ -21,7 +22,7 @@ use std::time::Duration;
 
 use rusqlite::{Connection, ErrorCode, OptionalExtension, params};
 
-use crate::clock::Stamp;
+use crate::clock::{self, Stamp};
 use crate::message::{Lane, Message, PacketId, Qos, Seq};
 use crate::turn::{Begin, Change, Offer, OnSessionLoss, Taken};
 use inbox::Inbox;
@@ -29,6 +30,7 @@ use outbox::Outbox;
 use session::SessionTable;
 
 pub use outbox::LaneDepth;
+pub use salvage::Damage;
 pub use session::Settled;
 pub use thread::{Accepted, Handle, NotAccepted, Turn, Turned, spawn};
 
@@ -44,6 +46,9 @@ const CHECKPOINT_PAGES: u64 = 1000;
 const RESERVE_BYTES: u64 = 4 << 20;
 /// What a full queue must still be able to record above the quota: acknowledgements, commands, answers, gaps.
 const HEADROOM_BYTES: u64 = 16 << 20;
+/// A database up to this size is checked whole at a start after an unclean stop; a larger one is ready at
+/// once, and damage in it is found when it is read.
+const CHECK_AT_START_BYTES: u64 = 8 << 20;
 /// Bytes of one message's payload, at most.
 pub const PAYLOAD_MAX_BYTES: usize = 1 << 20;
 
@@ -89,11 +94,13 @@ pub enum StoreError {
         /// The database file.
         path: PathBuf,
     },
-    /// The file is a database of another program.
-    #[error("{path} is not a fieldpost database; move it away or set another [store] path")]
-    Foreign {
+    /// The file cannot be trusted; it is set aside and what is readable carried over.
+    #[error("the database {path} is damaged: {what}")]
+    Damaged {
         /// The database file.
         path: PathBuf,
+        /// What is wrong with it.
+        what: String,
     },
     /// The file was written by a newer fieldpost.
     #[error("{path} has schema {found}, this program knows up to {known}; install the newer fieldpost again")]
@@ -200,6 +207,15 @@ pub struct Committed {
     pub settled: Settled,
 }
 
+/// An open database and what memory needs of it.
+struct Parts {
+    db: Connection,
+    boot: Boot,
+    outbox: Outbox,
+    session: SessionTable,
+    inbox: Inbox,
+}
+
 /// What screens and the health message show.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Look {
@@ -221,11 +237,17 @@ pub struct Look {
     pub quota: u64,
     /// Which start this is.
     pub boot: Boot,
+    /// The last damage found since the start.
+    pub damage: Option<Damage>,
 }
 
 /// The database, opened and exclusively ours.
 #[derive(Debug)]
 pub struct Store {
+    /// The last damage found since the start, until the next one.
+    damage: Option<Damage>,
+    /// Where the check behind the start goes on; `None` when it is done.
+    check_from: Option<i64>,
     db: Connection,
     settings: Settings,
     boot: Boot,
@@ -235,19 +257,49 @@ pub struct Store {
 }
 
 impl Store {
-    /// Opens the database, making it if it is missing, and counts this start.
+    /// Opens the database, making it if it is missing, and counts this start. One that is damaged or another
+    /// program's is set aside, and what is readable of ours carried over.
     ///
     /// # Errors
-    /// [`StoreError`]; the file is not touched when it is foreign, newer or in use.
+    /// [`StoreError`]; the file is not touched when it is newer or in use.
     pub fn open(settings: Settings) -> Result<Self, StoreError> {
         prepare_files(&settings.path)?;
+        match Store::open_file(&settings) {
+            Ok(parts) => Ok(Store::of(parts, settings, None)),
+            Err(StoreError::Damaged { what, .. }) => {
+                let (parts, damage) = start_over(&settings, what)?;
+                Ok(Store::of(parts, settings, Some(damage)))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn of(parts: Parts, settings: Settings, damage: Option<Damage>) -> Self {
+        let Parts { db, boot, outbox, session, inbox } = parts;
+        keep_reserve(&settings.path);
+        Store { damage, check_from: Some(0), db, settings, boot, outbox, session, inbox }
+    }
+
+    fn open_file(settings: &Settings) -> Result<Parts, StoreError> {
         let fail = |source| sqlite_error(&settings.path, source);
-        let db = connect(&settings).map_err(fail)?;
+        let damaged = |what: &str| StoreError::Damaged { path: settings.path.clone(), what: what.into() };
+        let unclean = fs::metadata(with_suffix(&settings.path, "-wal")).is_ok_and(|wal| wal.len() > 0);
+        let bytes = fs::metadata(&settings.path).map_or(0, |file| file.len());
+        if bytes == 0 && reserve_path(&settings.path).exists() {
+            return Err(damaged("it is empty, although there was one before"));
+        }
+        let db = connect(settings).map_err(fail)?;
         check_identity(&db, &settings.path)?;
+        if unclean && bytes <= CHECK_AT_START_BYTES {
+            let verdict: String =
+                db.query_row("PRAGMA quick_check(1)", [], |row| row.get(0)).map_err(fail)?;
+            if verdict != "ok" {
+                return Err(damaged(&verdict));
+            }
+        }
         let boot = start(&db).map_err(fail)?;
         let (outbox, session, inbox) = load(&db).map_err(fail)?;
-        keep_reserve(&settings.path);
-        Ok(Store { db, settings, boot, outbox, session, inbox })
+        Ok(Parts { db, boot, outbox, session, inbox })
     }
 
     /// Which start this is.
@@ -307,6 +359,23 @@ impl Store {
         let settled = outcome.map_err(|source| self.recover(source))?;
         self.boot = boot;
         Ok(settled)
+    }
+
+    /// Reads one more segment from end to end, so that damage is found before its turn comes; `false`: all
+    /// were read. Whole again or not, records are checked once more when they are sent.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`]: the database has been replaced by what could be carried over.
+    pub fn check_next(&mut self) -> Result<bool, StoreError> {
+        let Some(from) = self.check_from else { return Ok(false) };
+        match Outbox::read_through(&self.db, from) {
+            Ok(next) => self.check_from = next,
+            Err(source) => {
+                self.check_from = None;
+                return Err(self.recover(source));
+            }
+        }
+        Ok(self.check_from.is_some())
     }
 
     /// What screens show.
@@ -371,6 +440,11 @@ impl Store {
         }
         if let Some(offer) = &batch.offer {
             committed.taken = self.session.take(&self.db, &mut self.outbox, offer, (&self.boot, now))?;
+            if let Some((lane, missing)) = self.outbox.missing() {
+                let what = format!("{missing} messages of lane {lane} cannot be found");
+                let corrupt = rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_CORRUPT);
+                return Err(rusqlite::Error::SqliteFailure(corrupt, Some(what)));
+            }
         }
         self.outbox.write_changes(&self.db)?;
         Ok(committed)
@@ -423,6 +497,10 @@ impl Store {
         if matches!(error, StoreError::DiskFull { .. }) {
             give_up_reserve(&self.settings.path);
         }
+        if let StoreError::Damaged { what, .. } = &error {
+            self.replace(what.clone());
+            return error;
+        }
         match load(&self.db) {
             Ok((outbox, session, inbox)) => {
                 self.outbox = outbox;
@@ -434,6 +512,23 @@ impl Store {
             }
         }
         error
+    }
+
+    /// Damage was found at work: everything starts over with what can be carried over.
+    fn replace(&mut self, what: String) {
+        let closed = Connection::open_in_memory().map(|nothing| std::mem::replace(&mut self.db, nothing));
+        // Closing may fail on a damaged database; the file handles are gone all the same.
+        drop(closed);
+        match start_over(&self.settings, what) {
+            Ok((parts, damage)) => {
+                let Parts { db, boot, outbox, session, inbox } = parts;
+                (self.db, self.boot, self.outbox) = (db, boot, outbox);
+                (self.session, self.inbox, self.damage) = (session, inbox, Some(damage));
+            }
+            Err(error) => {
+                tracing::error!(%error, "no new database could be made in place of the damaged one")
+            }
+        }
     }
 
     fn read(&self, now: Stamp) -> Result<Look, rusqlite::Error> {
@@ -462,8 +557,32 @@ impl Store {
             used_bytes: self.outbox.bytes(),
             quota: self.settings.quota,
             boot: self.boot.clone(),
+            damage: self.damage.clone(),
         })
     }
+}
+
+/// Sets the damaged database aside and carries over what is readable.
+fn start_over(settings: &Settings, what: String) -> Result<(Parts, Damage), StoreError> {
+    let path = &settings.path;
+    let fail = |source| sqlite_error(path, source);
+    let aside = salvage::set_aside(path, clock::now().wall_ms)
+        .map_err(|source| StoreError::Open { path: path.clone(), source })?;
+    prepare_files(path)?;
+    let db = connect(settings).map_err(fail)?;
+    check_identity(&db, path)?;
+    let damage = salvage::carry_over(&aside, &db, what).map_err(fail)?;
+    let boot = start(&db).map_err(fail)?;
+    let (outbox, session, inbox) = load(&db).map_err(fail)?;
+    tracing::error!(
+        what = damage.what,
+        aside = %damage.aside.display(),
+        salvaged = damage.salvaged,
+        lost = damage.lost,
+        possibly_doubled = damage.possibly_doubled,
+        "the database was damaged: it was set aside, and what was readable carried over"
+    );
+    Ok((Parts { db, boot, outbox, session, inbox }, damage))
 }
 
 /// The folder (0750) and the file (0600), before SQLite makes them with other modes.
@@ -485,6 +604,8 @@ fn prepare_files(path: &Path) -> Result<(), StoreError> {
 fn connect(settings: &Settings) -> Result<Connection, rusqlite::Error> {
     let db = Connection::open(&settings.path)?;
     db.set_prepared_statement_cache_capacity(64);
+    // An agent that is just stopping may still hold the file.
+    db.busy_timeout(Duration::from_secs(1))?;
     let pages_max = (settings.quota + settings.quota / 4 + HEADROOM_BYTES) / PAGE_BYTES;
     db.execute_batch(&format!(
         "PRAGMA page_size = {PAGE_BYTES};
@@ -512,7 +633,8 @@ fn check_identity(db: &Connection, path: &Path) -> Result<(), StoreError> {
         return create(db).map_err(fail);
     }
     if application != APPLICATION_ID {
-        return Err(StoreError::Foreign { path: path.to_owned() });
+        let what = "it belongs to another program".to_owned();
+        return Err(StoreError::Damaged { path: path.to_owned(), what });
     }
     if schema > SCHEMA {
         return Err(StoreError::Newer { path: path.to_owned(), found: schema, known: SCHEMA });
@@ -576,8 +698,12 @@ fn load(db: &Connection) -> Result<(Outbox, SessionTable, Inbox), rusqlite::Erro
 }
 
 fn reserve_path(path: &Path) -> PathBuf {
+    with_suffix(path, ".reserve")
+}
+
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(".reserve");
+    name.push(suffix);
     path.with_file_name(name)
 }
 
@@ -605,12 +731,29 @@ fn give_up_reserve(path: &Path) {
     }
 }
 
+/// A table or column that must be there is not, a number where text must be: the schema page itself is
+/// damaged, or a row is.
+fn is_schema_damage(source: &rusqlite::Error) -> bool {
+    match source {
+        rusqlite::Error::SqliteFailure(_, Some(words)) => words.starts_with("no such "),
+        rusqlite::Error::SqlInputError { msg, .. } => msg.starts_with("no such "),
+        rusqlite::Error::QueryReturnedNoRows
+        | rusqlite::Error::InvalidColumnType(..)
+        | rusqlite::Error::IntegralValueOutOfRange(..)
+        | rusqlite::Error::FromSqlConversionFailure(..) => true,
+        _ => false,
+    }
+}
+
 fn sqlite_error(path: &Path, source: rusqlite::Error) -> StoreError {
     let path = path.to_owned();
     match source.sqlite_error_code() {
         Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => StoreError::InUse { path },
         Some(ErrorCode::DiskFull) => StoreError::DiskFull { path },
-        Some(ErrorCode::NotADatabase) => StoreError::Foreign { path },
+        Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt) => {
+            StoreError::Damaged { path, what: source.to_string() }
+        }
+        _ if is_schema_damage(&source) => StoreError::Damaged { path, what: source.to_string() },
         _ => StoreError::Sqlite { path, source },
     }
 }

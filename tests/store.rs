@@ -461,22 +461,6 @@ fn a_second_agent_on_the_same_database_is_refused_and_the_first_is_unharmed() {
 }
 
 #[test]
-fn a_foreign_or_newer_database_is_refused_and_not_touched() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("outbox.db");
-    let foreign = rusqlite::Connection::open(&path).unwrap();
-    foreign.execute_batch("CREATE TABLE other (x)").unwrap();
-    drop(foreign);
-    assert!(matches!(Store::open(settings(folder.path())).unwrap_err(), StoreError::Foreign { .. }));
-    std::fs::remove_file(&path).unwrap();
-    drop(open(folder.path()));
-    let newer = rusqlite::Connection::open(&path).unwrap();
-    newer.execute_batch("PRAGMA user_version = 2").unwrap();
-    drop(newer);
-    assert!(matches!(Store::open(settings(folder.path())).unwrap_err(), StoreError::Newer { found: 2, .. }));
-}
-
-#[test]
 fn the_database_is_readable_by_its_owner_only() {
     use std::os::unix::fs::PermissionsExt;
     let folder = tempfile::tempdir().unwrap();

@@ -111,6 +111,18 @@ pub fn gap(gateway: &str, gap: &Gap<'_>) -> Payload {
         .into_open()
 }
 
+/// The alarm about a damaged database.
+pub fn damage(gateway: &str, salvaged: u64, lost: u64, what: &str, at: Stamp) -> Payload {
+    Object::versioned()
+        .text("alarm", "database_damaged")
+        .text("gateway", gateway)
+        .number("salvaged", salvaged)
+        .number("lost", lost)
+        .text("reason", what)
+        .time(at)
+        .into_open()
+}
+
 /// Which start of which gateway speaks.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Speaker {

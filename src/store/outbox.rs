@@ -16,12 +16,10 @@ use crate::clock::Stamp;
 use crate::message::{Lane, Message, Qos, Record, Seq, Topic};
 use crate::turn::Hold;
 
-/// Records of one segment at most; a bigger commit makes several.
-const SEGMENT_RECORDS: usize = 512;
 /// Bytes of one segment's payloads, about; one larger message makes a segment of its own.
 const SEGMENT_BYTES: usize = 128 << 10;
 /// Bytes a segment takes beside its body, about: its other columns and its share of the pages.
-const SEGMENT_OVERHEAD: u64 = 64;
+pub(super) const SEGMENT_OVERHEAD: u64 = 64;
 /// Messages held behind refused ones of their topic, per lane; beyond it the whole lane is held.
 const DEFERRED_MAX: usize = 10_000;
 /// Unfinished QoS 1 messages sent before a resumed QoS 2 one, at most: no window was ever larger.
@@ -137,7 +135,7 @@ fn end_of(lane: Lane) -> i64 {
     (lane as i64 + 1) << 56
 }
 
-fn seq_of(key: i64) -> u64 {
+pub(super) fn seq_of(key: i64) -> u64 {
     key as u64 & ((1 << 56) - 1)
 }
 
@@ -163,8 +161,9 @@ impl Outbox {
                 held_until_mono_ms: 0,
                 changed: false,
             };
+            // CROSS JOIN, so that the few rows of `progress` lead and not the many segments.
             let mut statement = db.prepare(
-                "SELECT s.id, s.count, length(s.body), p.done FROM progress p JOIN segment s ON s.id = p.segment
+                "SELECT s.id, s.count, length(s.body), p.done FROM progress p CROSS JOIN segment s ON s.id = p.segment
                  WHERE p.segment >= ? AND p.segment < ?",
             )?;
             let mut rows = statement.query(params![key(lane, 0), end_of(lane)])?;
@@ -530,6 +529,27 @@ impl Outbox {
         self.lanes.iter().any(|lane| !lane.returned.is_empty() || lane.cursor < lane.next_seq)
     }
 
+    /// Reads the first segment at or after a key, whole; the key to go on from, `None` at the end.
+    pub(crate) fn read_through(db: &Connection, from: i64) -> Sql<Option<i64>> {
+        db.prepare_cached("SELECT id, body FROM segment WHERE id >= ? ORDER BY id LIMIT 1")?
+            .query_row([from], |row| {
+                let _read: Vec<u8> = row.get(1)?;
+                Ok(row.get::<_, i64>(0)? + 1)
+            })
+            .optional()
+    }
+
+    /// A lane that has been read to its end although it counts more messages than were found: its tree lies.
+    pub(crate) fn missing(&self) -> Option<(Lane, u64)> {
+        Lane::ALL.into_iter().find_map(|lane| {
+            let queue = &self.lanes[lane as usize];
+            let deferred: usize = queue.held.values().map(|held| held.deferred.len()).sum();
+            let found = (queue.taken.len() + queue.returned.len() + deferred) as u64;
+            let missing = queue.messages.saturating_sub(found);
+            (queue.cursor >= queue.next_seq && missing > 0).then_some((lane, missing))
+        })
+    }
+
     /// Writes what the transaction changed: lane counters, done bits, drop counters.
     pub(crate) fn write_changes(&mut self, db: &Connection) -> Sql<()> {
         for lane in Lane::ALL {
@@ -690,7 +710,7 @@ fn segment_length(entries: &[Entry]) -> usize {
         bytes += entry.payload.len();
         bytes <= SEGMENT_BYTES
     };
-    entries.iter().take(SEGMENT_RECORDS).take_while(fits).count().max(1)
+    entries.iter().take(segment::RECORDS_MAX as usize).take_while(fits).count().max(1)
 }
 
 /// `None`: expired. Otherwise how many seconds are left, if it expires at all. Where the time since

@@ -19,6 +19,8 @@ const QOS_2: u8 = 1;
 const RETAIN: u8 = 2;
 const EXPIRES: u8 = 4;
 
+/// Records of one segment at most; a bigger commit makes several.
+pub(crate) const RECORDS_MAX: u32 = 512;
 /// Bodies shorter than this are not worth packing.
 const PACK_FROM_BYTES: usize = 256;
 /// A body is unpacked only up to this size, whatever it claims to hold.
@@ -247,9 +249,9 @@ mod tests {
         Entry {
             topic: Topic::new(topic).unwrap(),
             qos,
-            retain: payload.len() % 2 == 0,
+            retain: payload.len().is_multiple_of(2),
             at_ms: 1_000 - payload.len() as i64 * 7,
-            expires_after_s: (payload.len() % 3 == 0).then_some(payload.len() as u32),
+            expires_after_s: payload.len().is_multiple_of(3).then_some(payload.len() as u32),
             payload: Bytes::copy_from_slice(payload),
         }
     }

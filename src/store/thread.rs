@@ -22,6 +22,8 @@ use crate::turn::{Begin, Change, Offer, OnSessionLoss, Taken};
 const REQUESTS_MAX: usize = 256;
 /// Turns that wait for the thread: one with changes, one with an offer, one that ends a connection.
 const TURNS_MAX: usize = 8;
+/// Pause between two segments of the check behind the start: it yields to everything else.
+const CHECK_PAUSE: Duration = Duration::from_millis(2);
 /// Messages of one commit, about.
 const COMMIT_MESSAGES: usize = 4096;
 
@@ -236,6 +238,7 @@ pub fn spawn(store: Store, stats: Arc<Stats>) -> io::Result<(Handle, JoinHandle<
         changes: None,
         offer: None,
         turned: None,
+        checking: true,
     };
     let thread = std::thread::Builder::new()
         .name("store".into())
@@ -255,6 +258,8 @@ struct Worker {
     /// The unanswered offer and its connection.
     offer: Option<(u64, Offer)>,
     turned: Option<mpsc::Sender<Turned>>,
+    /// The check behind the start goes on.
+    checking: bool,
 }
 
 impl Worker {
@@ -265,6 +270,7 @@ impl Worker {
                 Wake::Turn(turn) => self.take_turn(turn),
                 Wake::Request(request) => closing = self.handle(request, &mut turns),
                 Wake::Due => {}
+                Wake::Check => self.check(),
                 Wake::Closed => break,
             }
             // Whatever has arrived meanwhile shares the commit.
@@ -298,6 +304,7 @@ impl Worker {
             Some(turn) = turns.recv() => Wake::Turn(turn),
             request = requests.recv() => request.map_or(Wake::Closed, Wake::Request),
             () = due => Wake::Due,
+            () = tokio::time::sleep(CHECK_PAUSE), if self.checking => Wake::Check,
         }
     }
 
@@ -358,6 +365,16 @@ impl Worker {
             _ => {
                 self.commit();
                 self.changes = Some((connection, changes));
+            }
+        }
+    }
+
+    fn check(&mut self) {
+        match self.store.check_next() {
+            Ok(more) => self.checking = more,
+            Err(error) => {
+                self.checking = false;
+                self.tell_failure(Arc::new(error), Vec::new());
             }
         }
     }
@@ -449,6 +466,7 @@ impl Worker {
 }
 
 enum Wake {
+    Check,
     Turn(Turn),
     Request(Request),
     Due,

@@ -1,6 +1,6 @@
 //! What we say about ourselves: Will, online and offline, health, unit states. Pure.
 //!
-//! Under the base topic: `state` (retained presence), `health`, `unit/{line}/{unit}` (retained), `gap`.
+//! Under the base topic: `state` (retained presence), `health`, `unit/{line}/{unit}` (retained), `gap`, `alarm`.
 //!
 //! Invariant: while we are connected, the retained presence says so. We listen to it ourselves, because a Will
 //! can arrive late, after a takeover, and because whoever else speaks there under our name is the only witness
@@ -71,6 +71,7 @@ pub struct Presence {
     state: Topic,
     health: Topic,
     gap: Topic,
+    alarm: Topic,
     stage: Stage,
     /// Until we have spoken ourselves, what is heard was said before this start of ours.
     past_still_speaks: bool,
@@ -88,6 +89,7 @@ impl Presence {
             state: Topic::new(&format!("{base}/state"))?,
             health: Topic::new(&format!("{base}/health"))?,
             gap: Topic::new(&format!("{base}/gap"))?,
+            alarm: Topic::new(&format!("{base}/alarm"))?,
             stage: Stage::Silent,
             past_still_speaks: true,
         })
@@ -106,6 +108,11 @@ impl Presence {
     /// Where gap records go.
     pub fn gap_topic(&self) -> &Topic {
         &self.gap
+    }
+
+    /// Where alarms about the gateway itself go.
+    pub fn alarm_topic(&self) -> &Topic {
+        &self.alarm
     }
 
     /// The Will for CONNECT: retained `offline`, reason `lost`.
