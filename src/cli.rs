@@ -3,7 +3,7 @@
 //! Invariant: the exit status is 0 when what was asked was done, 78 for a bad configuration (EX_CONFIG of
 //! sysexits.h: the service manager must not try again), and 1 for anything else.
 
-pub mod check;
+mod check;
 mod publish;
 mod retained;
 mod run;
@@ -40,10 +40,7 @@ enum Command {
     /// Run the agent
     Run(run::Run),
     /// Check a configuration file: exit status 78 and every problem, or 0
-    Check {
-        /// The configuration file
-        file: PathBuf,
-    },
+    Check(check::Check),
     /// Show how the running agent is doing
     Status(status::ShowStatus),
     /// Hand messages to the running agent; "accepted" means that they are on disk
@@ -142,7 +139,7 @@ pub fn main() -> ExitCode {
     };
     let outcome = match cli.command {
         Command::Run(command) => command.run(),
-        Command::Check { file } => return check::check(&file),
+        Command::Check(command) => command.run(),
         Command::Status(command) => command.run(),
         Command::Publish(command) => command.run(),
         Command::Retained(command) => command.run(),

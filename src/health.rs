@@ -269,7 +269,11 @@ impl Reporter {
             queue: &queue,
             dropped: &dropped,
             dead_letters: look.dead_letters,
-            store: StoreHealth { used_bytes: look.used_bytes, quota_bytes: look.quota, error: None },
+            store: StoreHealth {
+                used_bytes: look.used_bytes,
+                quota_bytes: look.quota,
+                error: look.trouble.as_deref(),
+            },
             lines: &lines,
         })
     }
@@ -278,7 +282,10 @@ impl Reporter {
         let now = clock::now();
         let look = self.store.look().await;
         let (look, error) = match look {
-            Some(Ok(look)) => (Some(look), None),
+            Some(Ok(look)) => {
+                let trouble = look.trouble.clone();
+                (Some(look), trouble)
+            }
             Some(Err(error)) => (None, Some(error.to_string())),
             None => (None, Some("the store has stopped".to_owned())),
         };

@@ -7,6 +7,7 @@
 //! commit is a crash: everything in memory is thrown away and read from disk again; never a fall-back to
 //! memory.
 
+mod database;
 mod inbox;
 mod outbox;
 mod salvage;
@@ -20,35 +21,18 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rusqlite::{Connection, ErrorCode, OptionalExtension, params};
-
 use crate::clock::{self, Stamp};
-use crate::message::{Lane, Message, PacketId, Qos, Seq};
+use crate::message::{Lane, Message, PacketId, Seq};
 use crate::turn::{Begin, Change, Offer, OnSessionLoss, Taken};
-use inbox::Inbox;
-use outbox::Outbox;
-use session::SessionTable;
+use database::{Database, sqlite_error};
 
 pub use outbox::LaneDepth;
 pub use salvage::Damage;
 pub use session::Settled;
 pub use thread::{Accepted, Handle, NotAccepted, Turn, Turned, spawn};
 
-/// "fpst": marks our files (`PRAGMA application_id`).
-const APPLICATION_ID: i64 = 0x6670_7374;
-/// The newest schema this program knows (`PRAGMA user_version`).
-const SCHEMA: i64 = 1;
-/// Page size in bytes: measured to write least for 200-byte messages.
-const PAGE_BYTES: u64 = 1024;
-/// The write-ahead log is moved into the database from this many pages on: 1 MiB.
-const CHECKPOINT_PAGES: u64 = 1000;
 /// A file kept full of nothing, given up when the disk is full: even DELETE needs space.
 const RESERVE_BYTES: u64 = 4 << 20;
-/// What a full queue must still be able to record above the quota: acknowledgements, commands, answers, gaps.
-const HEADROOM_BYTES: u64 = 16 << 20;
-/// A database up to this size is checked whole at a start after an unclean stop; a larger one is ready at
-/// once, and damage in it is found when it is read.
-const CHECK_AT_START_BYTES: u64 = 8 << 20;
 /// Bytes of one message's payload, at most.
 pub const PAYLOAD_MAX_BYTES: usize = 1 << 20;
 
@@ -125,6 +109,14 @@ pub enum StoreError {
     DiskFull {
         /// The database file.
         path: PathBuf,
+    },
+    /// It could not be opened again after a failure.
+    #[error("the database {path} cannot be opened again since it failed: {why}")]
+    Gone {
+        /// The database file.
+        path: PathBuf,
+        /// The failure.
+        why: String,
     },
     /// SQLite refused.
     #[error("the database {path} failed: {source}")]
@@ -207,15 +199,6 @@ pub struct Committed {
     pub settled: Settled,
 }
 
-/// An open database and what memory needs of it.
-struct Parts {
-    db: Connection,
-    boot: Boot,
-    outbox: Outbox,
-    session: SessionTable,
-    inbox: Inbox,
-}
-
 /// What screens and the health message show.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Look {
@@ -239,21 +222,21 @@ pub struct Look {
     pub boot: Boot,
     /// The last damage found since the start.
     pub damage: Option<Damage>,
+    /// Why the last commit failed, while no other has succeeded: nothing is accepted.
+    pub trouble: Option<String>,
 }
 
-/// The database, opened and exclusively ours.
+/// The database, exclusively ours.
 #[derive(Debug)]
 pub struct Store {
-    /// The last damage found since the start, until the next one.
+    settings: Settings,
+    /// `None` after a failure that left nothing to work with; every later commit tries to open it again.
+    database: Option<Database>,
+    boot: Boot,
     damage: Option<Damage>,
+    trouble: Option<String>,
     /// Where the check behind the start goes on; `None` when it is done.
     check_from: Option<i64>,
-    db: Connection,
-    settings: Settings,
-    boot: Boot,
-    outbox: Outbox,
-    session: SessionTable,
-    inbox: Inbox,
 }
 
 impl Store {
@@ -264,42 +247,10 @@ impl Store {
     /// [`StoreError`]; the file is not touched when it is newer or in use.
     pub fn open(settings: Settings) -> Result<Self, StoreError> {
         prepare_files(&settings.path)?;
-        match Store::open_file(&settings) {
-            Ok(parts) => Ok(Store::of(parts, settings, None)),
-            Err(StoreError::Damaged { what, .. }) => {
-                let (parts, damage) = start_over(&settings, what)?;
-                Ok(Store::of(parts, settings, Some(damage)))
-            }
-            Err(error) => Err(error),
-        }
-    }
-
-    fn of(parts: Parts, settings: Settings, damage: Option<Damage>) -> Self {
-        let Parts { db, boot, outbox, session, inbox } = parts;
+        let (database, damage) = open_or_start_over(&settings)?;
         keep_reserve(&settings.path);
-        Store { damage, check_from: Some(0), db, settings, boot, outbox, session, inbox }
-    }
-
-    fn open_file(settings: &Settings) -> Result<Parts, StoreError> {
-        let fail = |source| sqlite_error(&settings.path, source);
-        let damaged = |what: &str| StoreError::Damaged { path: settings.path.clone(), what: what.into() };
-        let unclean = fs::metadata(with_suffix(&settings.path, "-wal")).is_ok_and(|wal| wal.len() > 0);
-        let bytes = fs::metadata(&settings.path).map_or(0, |file| file.len());
-        if bytes == 0 && reserve_path(&settings.path).exists() {
-            return Err(damaged("it is empty, although there was one before"));
-        }
-        let db = connect(settings).map_err(fail)?;
-        check_identity(&db, &settings.path)?;
-        if unclean && bytes <= CHECK_AT_START_BYTES {
-            let verdict: String =
-                db.query_row("PRAGMA quick_check(1)", [], |row| row.get(0)).map_err(fail)?;
-            if verdict != "ok" {
-                return Err(damaged(&verdict));
-            }
-        }
-        let boot = start(&db).map_err(fail)?;
-        let (outbox, session, inbox) = load(&db).map_err(fail)?;
-        Ok(Parts { db, boot, outbox, session, inbox })
+        let boot = database.boot().clone();
+        Ok(Store { settings, database: Some(database), boot, damage, trouble: None, check_from: Some(0) })
     }
 
     /// Which start this is.
@@ -312,8 +263,7 @@ impl Store {
     /// # Errors
     /// Nothing was done; everything in memory has been read from disk again.
     pub fn commit(&mut self, batch: Batch, now: Stamp) -> Result<Committed, StoreError> {
-        let outcome = self.transaction(|store| store.apply(batch, now));
-        outcome.map_err(|source| self.recover(source))
+        self.transaction(|database| database.apply(batch, now))
     }
 
     /// What a new connection starts from: the owner is recorded, and whether "session present" can still
@@ -328,14 +278,7 @@ impl Store {
         unacked: &[(Lane, Seq)],
         now: Stamp,
     ) -> Result<(Begin, Settled), StoreError> {
-        let outcome = self.transaction(|store| {
-            let mut settled = Settled::default();
-            store.session.begin(&store.db, &mut store.outbox, owner, policy, &mut settled)?;
-            let begin = store.session.resume(&store.db, &mut store.outbox, unacked, &store.boot, now)?;
-            store.outbox.write_changes(&store.db)?;
-            Ok((begin, settled))
-        });
-        outcome.map_err(|source| self.recover(source))
+        self.transaction(|database| database.begin(owner, policy, unacked, now))
     }
 
     /// Takes an epoch and a boot counter above those that were heard of, and asks for a clean start: the
@@ -344,21 +287,9 @@ impl Store {
     /// # Errors
     /// Nothing was done; see [`Store::commit`].
     pub fn disown(&mut self, epoch: u32, boot: u32, policy: OnSessionLoss) -> Result<Settled, StoreError> {
-        let boot = Boot {
-            epoch: self.boot.epoch.max(epoch).saturating_add(1),
-            boot: self.boot.boot.max(boot).saturating_add(1),
-            kernel_boot: self.boot.kernel_boot,
-        };
-        let outcome = self.transaction(|store| {
-            let mut settled = Settled::default();
-            store.session.disown(&store.db, &mut store.outbox, policy, &mut settled)?;
-            store.db.execute("UPDATE meta SET epoch = ?, boot = ?", params![boot.epoch, boot.boot])?;
-            store.outbox.write_changes(&store.db)?;
-            Ok(settled)
-        });
-        let settled = outcome.map_err(|source| self.recover(source))?;
-        self.boot = boot;
-        Ok(settled)
+        let epoch = self.boot.epoch.max(epoch).saturating_add(1);
+        let boot = self.boot.boot.max(boot).saturating_add(1);
+        self.transaction(|database| database.disown(epoch, boot, policy))
     }
 
     /// Reads one more segment from end to end, so that damage is found before its turn comes; `false`: all
@@ -367,8 +298,8 @@ impl Store {
     /// # Errors
     /// [`StoreError::Damaged`]: the database has been replaced by what could be carried over.
     pub fn check_next(&mut self) -> Result<bool, StoreError> {
-        let Some(from) = self.check_from else { return Ok(false) };
-        match Outbox::read_through(&self.db, from) {
+        let (Some(from), Some(database)) = (self.check_from, &self.database) else { return Ok(false) };
+        match database.read_through(from) {
             Ok(next) => self.check_from = next,
             Err(source) => {
                 self.check_from = None;
@@ -381,199 +312,117 @@ impl Store {
     /// What screens show.
     ///
     /// # Errors
-    /// SQLite's, when the tables cannot be read.
+    /// The tables cannot be read, or the database could not be opened again.
     pub fn look(&self, now: Stamp) -> Result<Look, StoreError> {
-        self.read(now).map_err(|source| sqlite_error(&self.settings.path, source))
+        let database = self.database.as_ref().ok_or_else(|| self.gone())?;
+        let look = database.look(now).map_err(|source| sqlite_error(&self.settings.path, source))?;
+        Ok(Look { damage: self.damage.clone(), trouble: self.trouble.clone(), ..look })
     }
 
     /// A number SQLite reports of itself, `synchronous` for one; -1 when it does not know it.
     pub fn pragma(&self, name: &str) -> i64 {
-        self.db.pragma_query_value(None, name, |row| row.get(0)).unwrap_or(-1)
+        self.database.as_ref().and_then(|database| database.pragma(name).ok()).unwrap_or(-1)
     }
 
     /// Whether anything waits to be taken, and when the next held message is free again (monotonic ms).
     pub fn waiting(&self, now: Stamp) -> (bool, Option<u64>) {
-        (self.outbox.has_waiting(), self.outbox.next_release(now))
+        self.database.as_ref().map_or((false, None), |database| database.waiting(now))
     }
 
     /// Moves the write-ahead log into the database and closes it.
     pub fn close(self) {
-        let checkpoint = self.db.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)");
-        if let Err(error) = checkpoint.and(self.db.close().map_err(|(_, error)| error)) {
+        if let Some(Err(error)) = self.database.map(Database::close) {
             tracing::warn!(%error, "the database was closed without a checkpoint; nothing is lost");
         }
     }
 
+    fn gone(&self) -> StoreError {
+        let why = self.trouble.clone().unwrap_or_default();
+        StoreError::Gone { path: self.settings.path.clone(), why }
+    }
+
     fn transaction<T>(
         &mut self,
-        work: impl FnOnce(&mut Self) -> Result<T, rusqlite::Error>,
-    ) -> Result<T, rusqlite::Error> {
-        self.db.execute_batch("BEGIN IMMEDIATE")?;
-        let done = work(self)?;
-        if !self.settings.faults.commit_stall.is_zero() {
-            std::thread::sleep(self.settings.faults.commit_stall);
+        work: impl FnOnce(&mut Database) -> Result<T, rusqlite::Error>,
+    ) -> Result<T, StoreError> {
+        if self.database.is_none() {
+            self.open_again()?;
         }
-        self.db.execute_batch("COMMIT")?;
-        Ok(done)
-    }
-
-    fn apply(&mut self, batch: Batch, now: Stamp) -> Result<Committed, rusqlite::Error> {
-        let mut committed = Committed::default();
-        let when = (&self.boot, now);
-        for change in &batch.changes {
-            let recorded = match change {
-                Change::Inbound(inbound) | Change::InboundOpened { inbound, .. } => {
-                    self.inbox.record(&self.db, inbound, &self.boot, now)?
+        let Some(database) = &mut self.database else { return Err(self.gone()) };
+        match database.transaction(work) {
+            Ok(done) => {
+                self.boot = database.boot().clone();
+                if self.trouble.take().is_some() {
+                    tracing::info!("the database takes messages again");
+                    keep_reserve(&self.settings.path);
                 }
-                _ => true,
-            };
-            match change {
-                Change::InboundOpened { id, .. } if !recorded => committed.refused.push(*id),
-                _ => {
-                    self.session.settle(&self.db, &mut self.outbox, change, &mut committed.settled, when)?;
-                }
+                Ok(done)
             }
+            Err(source) => Err(self.recover(source)),
         }
-        for append in batch.appends {
-            let accepted = self.accept(append, now)?;
-            committed.appends.push(accepted);
-        }
-        if let Some(offer) = &batch.offer {
-            committed.taken = self.session.take(&self.db, &mut self.outbox, offer, (&self.boot, now))?;
-            if let Some((lane, missing)) = self.outbox.missing() {
-                let what = format!("{missing} messages of lane {lane} cannot be found");
-                let corrupt = rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_CORRUPT);
-                return Err(rusqlite::Error::SqliteFailure(corrupt, Some(what)));
-            }
-        }
-        self.outbox.write_changes(&self.db)?;
-        Ok(committed)
     }
 
-    fn accept(&mut self, append: Append, now: Stamp) -> Result<Result<(), NotAccepted>, rusqlite::Error> {
-        if let Some(message) = append.messages.iter().find(|m| m.payload.len_max() > PAYLOAD_MAX_BYTES) {
-            let refusal = NotAccepted::TooLarge { bytes: message.payload.len_max(), max: PAYLOAD_MAX_BYTES };
-            return Ok(Err(refusal));
-        }
-        if append.messages.iter().any(|message| message.qos == Qos::AtMostOnce) {
-            return Ok(Err(NotAccepted::Qos0));
-        }
-        let quota = self.settings.quota;
-        if append.closes.is_empty()
-            && !self.outbox.make_room(
-                &self.db,
-                Outbox::cost(&append.messages),
-                quota,
-                self.settings.when_full,
-            )?
-        {
-            return Ok(Err(NotAccepted::QuotaFull { quota, used: self.outbox.bytes() }));
-        }
-        for gap in &append.closes {
-            self.close_gap(gap)?;
-        }
-        self.outbox.append(&self.db, append.messages, &self.boot, now)?;
-        Ok(Ok(()))
-    }
-
-    /// What was dropped since the gap was looked at stays open.
-    fn close_gap(&self, gap: &Gap) -> Result<(), rusqlite::Error> {
-        let (lane, reason) = (gap.lane as i64, &gap.reason);
-        self.db.execute(
-            "UPDATE gap SET count = count - ?3, first_seq = max(first_seq, ?4) WHERE lane = ?1 AND reason = ?2",
-            params![lane, reason, gap.count, gap.last.0 + 1],
-        )?;
-        self.db.execute("DELETE FROM gap WHERE count <= 0", []).map(drop)
-    }
-
-    /// After a failed transaction: forget everything in memory, read it again; make room on a full disk.
+    /// After a failed transaction: everything in memory is forgotten and read again. A file whose contents
+    /// could not be read or synced is closed and opened anew, because what the system's cache holds of it may
+    /// not be what the disk holds; a damaged one is replaced; a full disk gets the reserve.
     fn recover(&mut self, source: rusqlite::Error) -> StoreError {
-        if !self.db.is_autocommit()
-            && let Err(error) = self.db.execute_batch("ROLLBACK")
-        {
-            tracing::warn!(%error, "rolling back failed");
-        }
         let error = sqlite_error(&self.settings.path, source);
+        self.trouble = Some(error.to_string());
         if matches!(error, StoreError::DiskFull { .. }) {
             give_up_reserve(&self.settings.path);
         }
-        if let StoreError::Damaged { what, .. } = &error {
-            self.replace(what.clone());
-            return error;
-        }
-        match load(&self.db) {
-            Ok((outbox, session, inbox)) => {
-                self.outbox = outbox;
-                self.session = session;
-                self.inbox = inbox;
-            }
-            Err(error) => {
-                tracing::error!(%error, "the database could not be read again after a failed commit")
+        let in_place = matches!(error, StoreError::DiskFull { .. } | StoreError::InUse { .. });
+        let reloaded = in_place && self.database.as_mut().is_some_and(|database| database.reload().is_ok());
+        if !reloaded {
+            // Closed before it is opened again: SQLite removes the log by its name when it closes.
+            self.database = None;
+            let outcome = match &error {
+                StoreError::Damaged { what, .. } => self.replace(what.clone()),
+                _ => self.open_again(),
+            };
+            if let Err(error) = outcome {
+                tracing::error!(%error, "the database could not be opened again; the next commit tries again");
             }
         }
         error
     }
 
-    /// Damage was found at work: everything starts over with what can be carried over.
-    fn replace(&mut self, what: String) {
-        let closed = Connection::open_in_memory().map(|nothing| std::mem::replace(&mut self.db, nothing));
-        // Closing may fail on a damaged database; the file handles are gone all the same.
-        drop(closed);
-        match start_over(&self.settings, what) {
-            Ok((parts, damage)) => {
-                let Parts { db, boot, outbox, session, inbox } = parts;
-                (self.db, self.boot, self.outbox) = (db, boot, outbox);
-                (self.session, self.inbox, self.damage) = (session, inbox, Some(damage));
-            }
-            Err(error) => {
-                tracing::error!(%error, "no new database could be made in place of the damaged one")
-            }
-        }
+    fn open_again(&mut self) -> Result<(), StoreError> {
+        let (database, damage) = open_or_start_over(&self.settings)?;
+        self.boot = database.boot().clone();
+        self.database = Some(database);
+        self.damage = damage.or(self.damage.take());
+        Ok(())
     }
 
-    fn read(&self, now: Stamp) -> Result<Look, rusqlite::Error> {
-        let lane = |number: i64| Lane::ALL[number.clamp(0, 2) as usize];
-        let mut dropped = self.db.prepare_cached("SELECT lane, reason, count FROM dropped")?;
-        let mut gaps = self.db.prepare_cached("SELECT lane, reason, first_seq, last_seq, count FROM gap")?;
-        Ok(Look {
-            lanes: self.outbox.depth(&self.db, &self.boot, now)?,
-            dropped: dropped
-                .query_map([], |row| Ok((lane(row.get(0)?), row.get(1)?, row.get(2)?)))?
-                .collect::<Result<_, _>>()?,
-            gaps: gaps
-                .query_map([], |row| {
-                    Ok(Gap {
-                        lane: lane(row.get(0)?),
-                        reason: row.get(1)?,
-                        first: Seq(row.get(2)?),
-                        last: Seq(row.get(3)?),
-                        count: row.get(4)?,
-                    })
-                })?
-                .collect::<Result<_, _>>()?,
-            dead_letters: self.db.query_row("SELECT count(*) FROM dead_letter", [], |row| row.get(0))?,
-            inbox: self.inbox.recorded(),
-            rows: self.session.rows(),
-            used_bytes: self.outbox.bytes(),
-            quota: self.settings.quota,
-            boot: self.boot.clone(),
-            damage: self.damage.clone(),
-        })
+    fn replace(&mut self, what: String) -> Result<(), StoreError> {
+        let (database, damage) = start_over(&self.settings, what)?;
+        self.boot = database.boot().clone();
+        (self.database, self.damage) = (Some(database), Some(damage));
+        Ok(())
+    }
+}
+
+fn open_or_start_over(settings: &Settings) -> Result<(Database, Option<Damage>), StoreError> {
+    match Database::open(settings) {
+        Ok(database) => Ok((database, None)),
+        Err(StoreError::Damaged { what, .. }) => {
+            let (database, damage) = start_over(settings, what)?;
+            Ok((database, Some(damage)))
+        }
+        Err(error) => Err(error),
     }
 }
 
 /// Sets the damaged database aside and carries over what is readable.
-fn start_over(settings: &Settings, what: String) -> Result<(Parts, Damage), StoreError> {
+fn start_over(settings: &Settings, what: String) -> Result<(Database, Damage), StoreError> {
     let path = &settings.path;
-    let fail = |source| sqlite_error(path, source);
     let aside = salvage::set_aside(path, clock::now().wall_ms)
         .map_err(|source| StoreError::Open { path: path.clone(), source })?;
     prepare_files(path)?;
-    let db = connect(settings).map_err(fail)?;
-    check_identity(&db, path)?;
-    let damage = salvage::carry_over(&aside, &db, what).map_err(fail)?;
-    let boot = start(&db).map_err(fail)?;
-    let (outbox, session, inbox) = load(&db).map_err(fail)?;
+    let db = Database::connect(settings)?;
+    let damage = salvage::carry_over(&aside, &db, what).map_err(|source| sqlite_error(path, source))?;
+    let database = Database::over(db, settings)?;
     tracing::error!(
         what = damage.what,
         aside = %damage.aside.display(),
@@ -582,7 +431,7 @@ fn start_over(settings: &Settings, what: String) -> Result<(Parts, Damage), Stor
         possibly_doubled = damage.possibly_doubled,
         "the database was damaged: it was set aside, and what was readable carried over"
     );
-    Ok((Parts { db, boot, outbox, session, inbox }, damage))
+    Ok((database, damage))
 }
 
 /// The folder (0750) and the file (0600), before SQLite makes them with other modes.
@@ -599,102 +448,6 @@ fn prepare_files(path: &Path) -> Result<(), StoreError> {
         .open(path)
         .map(drop)
         .map_err(|e| fail(path, e))
-}
-
-fn connect(settings: &Settings) -> Result<Connection, rusqlite::Error> {
-    let db = Connection::open(&settings.path)?;
-    db.set_prepared_statement_cache_capacity(64);
-    // An agent that is just stopping may still hold the file.
-    db.busy_timeout(Duration::from_secs(1))?;
-    let pages_max = (settings.quota + settings.quota / 4 + HEADROOM_BYTES) / PAGE_BYTES;
-    db.execute_batch(&format!(
-        "PRAGMA page_size = {PAGE_BYTES};
-         PRAGMA locking_mode = EXCLUSIVE;
-         PRAGMA journal_mode = WAL;
-         PRAGMA synchronous = FULL;
-         PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES};
-         PRAGMA journal_size_limit = {};
-         PRAGMA max_page_count = {pages_max};
-         PRAGMA cache_size = -2000;
-         PRAGMA temp_store = MEMORY;",
-        4 * CHECKPOINT_PAGES * PAGE_BYTES
-    ))?;
-    Ok(db)
-}
-
-/// Refuses what is not ours or too new; makes the tables where there are none.
-fn check_identity(db: &Connection, path: &Path) -> Result<(), StoreError> {
-    let fail = |source| sqlite_error(path, source);
-    let pragma = |name: &str| db.pragma_query_value(None, name, |row| row.get::<_, i64>(0)).map_err(fail);
-    let tables: i64 =
-        db.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0)).map_err(fail)?;
-    let (application, schema) = (pragma("application_id")?, pragma("user_version")?);
-    if tables == 0 && application == 0 {
-        return create(db).map_err(fail);
-    }
-    if application != APPLICATION_ID {
-        let what = "it belongs to another program".to_owned();
-        return Err(StoreError::Damaged { path: path.to_owned(), what });
-    }
-    if schema > SCHEMA {
-        return Err(StoreError::Newer { path: path.to_owned(), found: schema, known: SCHEMA });
-    }
-    Ok(())
-}
-
-/// A new database knows of no session, so whatever the broker holds under our name must be discarded:
-/// `clean_start` is set in the transaction that makes it.
-fn create(db: &Connection) -> Result<(), rusqlite::Error> {
-    let schema = include_str!("store/schema.sql");
-    db.execute_batch(&format!(
-        "BEGIN IMMEDIATE;
-         {schema}
-         INSERT INTO meta VALUES (1, 1, 0, '', 0, '');
-         INSERT INTO lane VALUES (0, 1, 0, 0), (1, 1, 0, 0), (2, 1, 0, 0);
-         INSERT INTO session VALUES (1, '', '', 0, 1, 0);
-         PRAGMA application_id = {APPLICATION_ID};
-         PRAGMA user_version = {SCHEMA};
-         COMMIT;"
-    ))
-}
-
-/// Counts this start, and notices another boot of the machine or another machine: a copied database takes a
-/// new epoch and a clean start, because what its rows say of the broker's session may be long past.
-fn start(db: &Connection) -> Result<Boot, rusqlite::Error> {
-    let read = |path: &str| fs::read_to_string(path).unwrap_or_default().trim().to_owned();
-    let machine_now = read("/etc/machine-id");
-    let kernel_boot_id_now = read("/proc/sys/kernel/random/boot_id");
-    db.execute_batch("BEGIN IMMEDIATE")?;
-    let (epoch, boot, machine, kernel_boot, kernel_boot_id): (u32, u32, String, u32, String) = db
-        .query_row("SELECT epoch, boot, machine, kernel_boot, kernel_boot_id FROM meta", [], |row| {
-            Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?, row.get(4)?))
-        })
-        .optional()?
-        .unwrap_or((1, 0, String::new(), 0, String::new()));
-    let copied = !machine.is_empty() && machine != machine_now;
-    if copied {
-        tracing::warn!(
-            "the database comes from another machine: new epoch, the broker's session is discarded"
-        );
-        db.execute("UPDATE session SET clean_start = 1, canary = 0", [])?;
-    }
-    let boot = Boot {
-        epoch: epoch + u32::from(copied),
-        boot: boot + 1,
-        kernel_boot: kernel_boot + u32::from(kernel_boot_id != kernel_boot_id_now),
-    };
-    db.execute(
-        "UPDATE meta SET epoch = ?, boot = ?, machine = ?, kernel_boot = ?, kernel_boot_id = ?",
-        params![boot.epoch, boot.boot, machine_now, boot.kernel_boot, kernel_boot_id_now],
-    )?;
-    db.execute_batch("COMMIT")?;
-    Ok(boot)
-}
-
-fn load(db: &Connection) -> Result<(Outbox, SessionTable, Inbox), rusqlite::Error> {
-    let mut outbox = Outbox::load(db)?;
-    let session = SessionTable::load(db, &mut outbox)?;
-    Ok((outbox, session, Inbox::load(db)?))
 }
 
 fn reserve_path(path: &Path) -> PathBuf {
@@ -728,32 +481,5 @@ fn give_up_reserve(path: &Path) {
         Ok(()) => tracing::warn!("the disk is full: the reserve was given up so that the queue can drain"),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => tracing::warn!(%error, "the reserve could not be given up"),
-    }
-}
-
-/// A table or column that must be there is not, a number where text must be: the schema page itself is
-/// damaged, or a row is.
-fn is_schema_damage(source: &rusqlite::Error) -> bool {
-    match source {
-        rusqlite::Error::SqliteFailure(_, Some(words)) => words.starts_with("no such "),
-        rusqlite::Error::SqlInputError { msg, .. } => msg.starts_with("no such "),
-        rusqlite::Error::QueryReturnedNoRows
-        | rusqlite::Error::InvalidColumnType(..)
-        | rusqlite::Error::IntegralValueOutOfRange(..)
-        | rusqlite::Error::FromSqlConversionFailure(..) => true,
-        _ => false,
-    }
-}
-
-fn sqlite_error(path: &Path, source: rusqlite::Error) -> StoreError {
-    let path = path.to_owned();
-    match source.sqlite_error_code() {
-        Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => StoreError::InUse { path },
-        Some(ErrorCode::DiskFull) => StoreError::DiskFull { path },
-        Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt) => {
-            StoreError::Damaged { path, what: source.to_string() }
-        }
-        _ if is_schema_damage(&source) => StoreError::Damaged { path, what: source.to_string() },
-        _ => StoreError::Sqlite { path, source },
     }
 }

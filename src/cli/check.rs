@@ -1,26 +1,25 @@
 //! `fieldpost check FILE`: every problem of a configuration with its place, or a summary of what it means.
 
 use std::fmt::Write as _;
-use std::path::Path;
-use std::process::ExitCode;
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
 
+use clap::Args;
+
+use super::Failure;
 use crate::config::{self, Config, Transport};
 
-/// EX_CONFIG of sysexits.h: the service manager must not start this again.
-const EXIT_CONFIG: u8 = 78;
+/// `fieldpost check`
+#[derive(Debug, Args)]
+pub(super) struct Check {
+    /// The configuration file
+    file: PathBuf,
+}
 
-/// Checks a configuration file. Exit status 0 with a summary on standard output, or 78 with every problem on
-/// standard error.
-pub fn check(path: &Path) -> ExitCode {
-    match config::load(path) {
-        Ok(config) => {
-            print!("{}", summary(path, &config));
-            ExitCode::SUCCESS
-        }
-        Err(problems) => {
-            eprintln!("{problems}");
-            ExitCode::from(EXIT_CONFIG)
-        }
+impl Check {
+    pub(super) fn run(self) -> Result<(), Failure> {
+        let config = config::load(&self.file)?;
+        io::stdout().write_all(summary(&self.file, &config).as_bytes()).map_err(Failure::Output)
     }
 }
 

@@ -14,7 +14,7 @@ use tracing::{debug, error, info, warn};
 
 use super::backoff::{Backoff, Cause};
 use super::link::{self, ConnectError, Endpoint, Link, LinkError, Stream};
-use super::packet::{Connect, Packet, Protocol};
+use super::packet::{Connect, Packet};
 use super::presence::{Announcement, Heard, Presence};
 use super::session::{self, Carry, Counted, Event, Session, SessionError};
 use super::tls;
@@ -88,7 +88,7 @@ pub enum Stop {
 pub struct LinkStatus {
     /// What it is doing.
     pub state: LinkState,
-    /// Unix time of the last change of state, in ms.
+    /// Since when it has been connected, or not; Unix time in ms.
     pub since_ms: i64,
     /// Why the last connection or attempt ended.
     pub last_error: Option<String>,
@@ -324,8 +324,10 @@ impl Uplink {
 
     fn set_state(&self, state: LinkState) {
         self.status.send_modify(|status| {
+            if (status.state == LinkState::Connected) != (state == LinkState::Connected) {
+                status.since_ms = clock::now().wall_ms;
+            }
             status.state = state;
-            status.since_ms = clock::now().wall_ms;
         });
     }
 
@@ -374,16 +376,13 @@ impl Uplink {
         epoch: u32,
         queued: u64,
     ) -> Result<(), End> {
-        if session.clean_start() && self.settings.session.protocol == Protocol::V311 {
-            self.discard_session().await?;
-        }
-        let clean = session.clean_start() && self.settings.session.protocol == Protocol::V5;
         if session.clean_start() {
             info!(
-                "the broker's session is not the one of this database: it is discarded, queued commands with it"
+                "this database knows of no session: whatever the broker holds is discarded, queued commands too"
             );
+            self.discard_session().await?;
         }
-        let mut link = self.open(clean).await?;
+        let mut link = self.open(false).await?;
         let deadline = Instant::now() + self.settings.connect_timeout;
         let mut stop = self.stop.clone();
         let connack = tokio::select! {
@@ -439,17 +438,21 @@ impl Uplink {
             client_id: settings.client_id.clone(),
             clean,
             keep_alive_s: u16::try_from(settings.session.keep_alive_ms / 1000).unwrap_or(u16::MAX),
-            session_expiry_s: u32::try_from(settings.session_expiry.as_secs()).unwrap_or(u32::MAX),
+            session_expiry_s: match clean {
+                true => 0,
+                false => u32::try_from(settings.session_expiry.as_secs()).unwrap_or(u32::MAX),
+            },
             receive_max: RECEIVE_MAX,
             max_packet_bytes: settings.max_packet,
-            will: settings.will.then(|| self.presence.will()),
+            will: (settings.will && !clean).then(|| self.presence.will()),
             username: settings.username.clone(),
             password,
         })
     }
 
-    /// MQTT 3.1.1 keeps no session that was begun clean: one clean connection on which nothing is published
-    /// discards the old session, and the next one begins a new, lasting one.
+    /// One clean connection on which nothing is published discards the old session, and the next one begins a
+    /// new, lasting one. MQTT 3.1.1 keeps no session that was begun clean; on MQTT 5 the standard does, but
+    /// mosquitto 2.0.11 loses it when it restarts (measured), whatever the Session Expiry Interval says.
     async fn discard_session(&self) -> Result<(), End> {
         let mut link = self.open(true).await?;
         let deadline = self.settings.connect_timeout;

@@ -437,7 +437,7 @@ impl Session {
         self.flights.insert(flight.id, flight);
     }
 
-    /// Whether CONNECT must ask for a clean start.
+    /// Whether a session the broker may hold must be discarded before this connection.
     pub fn clean_start(&self) -> bool {
         self.clean_start
     }

@@ -71,7 +71,7 @@ pub enum ConnectError {
         source: io::Error,
     },
     /// No address accepted a connection.
-    #[error("cannot connect to {host}:{port}: {}", list(.attempts))]
+    #[error("cannot connect to {}: {}", target(.host, *.port, .attempts), list(.host, .attempts))]
     Refused {
         /// The name.
         host: String,
@@ -108,7 +108,20 @@ pub enum ConnectError {
     },
 }
 
-fn list(attempts: &[(SocketAddr, io::Error)]) -> String {
+/// The broker's name, unless it is an address that the list of attempts shows already.
+fn target(host: &str, port: u16, attempts: &[(SocketAddr, io::Error)]) -> String {
+    match attempts {
+        [(address, _)] if address.ip().to_string() == host => address.to_string(),
+        _ => format!("{host}:{port}"),
+    }
+}
+
+fn list(host: &str, attempts: &[(SocketAddr, io::Error)]) -> String {
+    if let [(address, error)] = attempts
+        && address.ip().to_string() == host
+    {
+        return error.to_string();
+    }
     let mut text = String::new();
     for (address, error) in attempts {
         let separator = if text.is_empty() { "" } else { "; " };

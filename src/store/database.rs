@@ -1,0 +1,377 @@
+//! The open database: its connection, what memory needs of it, and what a transaction does.
+//!
+//! Invariant: `synchronous=FULL`, one connection, exclusively ours. An error leaves memory behind the disk; only
+//! `store` decides what follows from it.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use rusqlite::{Connection, ErrorCode, OptionalExtension, params};
+
+use super::inbox::Inbox;
+use super::outbox::Outbox;
+use super::session::SessionTable;
+use super::{
+    Append, Batch, Boot, Committed, Gap, Look, NotAccepted, PAYLOAD_MAX_BYTES, Settings, Settled, StoreError,
+    with_suffix,
+};
+use crate::clock::Stamp;
+use crate::message::{Lane, Qos, Seq};
+use crate::turn::{Begin, Change, OnSessionLoss};
+
+/// "fpst": marks our files (`PRAGMA application_id`).
+const APPLICATION_ID: i64 = 0x6670_7374;
+/// The newest schema this program knows (`PRAGMA user_version`).
+const SCHEMA: i64 = 1;
+/// Page size in bytes: measured to write least for 200-byte messages.
+const PAGE_BYTES: u64 = 1024;
+/// The write-ahead log is moved into the database from this many pages on: 1 MiB.
+const CHECKPOINT_PAGES: u64 = 1000;
+/// What a full queue must still be able to record above the quota: acknowledgements, commands, answers, gaps.
+const HEADROOM_BYTES: u64 = 16 << 20;
+/// A database up to this size is checked whole at a start after an unclean stop; a larger one is ready at
+/// once, and damage in it is found when it is read.
+const CHECK_AT_START_BYTES: u64 = 8 << 20;
+
+type Sql<T> = Result<T, rusqlite::Error>;
+
+/// An open database and what memory needs of it.
+#[derive(Debug)]
+pub(super) struct Database {
+    db: Connection,
+    settings: Settings,
+    boot: Boot,
+    outbox: Outbox,
+    session: SessionTable,
+    inbox: Inbox,
+}
+
+impl Database {
+    /// Opens the file, checks that it is ours and whole, and counts this start.
+    pub(super) fn open(settings: &Settings) -> Result<Self, StoreError> {
+        let fail = |source| sqlite_error(&settings.path, source);
+        let damaged = |what: &str| StoreError::Damaged { path: settings.path.clone(), what: what.into() };
+        let unclean = fs::metadata(with_suffix(&settings.path, "-wal")).is_ok_and(|wal| wal.len() > 0);
+        let bytes = fs::metadata(&settings.path).map_or(0, |file| file.len());
+        if bytes == 0 && with_suffix(&settings.path, ".reserve").exists() {
+            return Err(damaged("it is empty, although there was one before"));
+        }
+        let db = Database::connect(settings)?;
+        if unclean && bytes <= CHECK_AT_START_BYTES {
+            let verdict: String =
+                db.query_row("PRAGMA quick_check(1)", [], |row| row.get(0)).map_err(fail)?;
+            if verdict != "ok" {
+                return Err(damaged(&verdict));
+            }
+        }
+        Database::over(db, settings)
+    }
+
+    /// A connection to a database that is ours, made if there is none.
+    pub(super) fn connect(settings: &Settings) -> Result<Connection, StoreError> {
+        let db = connect(settings).map_err(|source| sqlite_error(&settings.path, source))?;
+        check_identity(&db, &settings.path)?;
+        Ok(db)
+    }
+
+    /// Counts this start and reads what memory needs.
+    pub(super) fn over(db: Connection, settings: &Settings) -> Result<Self, StoreError> {
+        let fail = |source| sqlite_error(&settings.path, source);
+        let boot = start(&db).map_err(fail)?;
+        let (outbox, session, inbox) = load(&db).map_err(fail)?;
+        Ok(Database { db, settings: settings.clone(), boot, outbox, session, inbox })
+    }
+
+    pub(super) fn boot(&self) -> &Boot {
+        &self.boot
+    }
+
+    pub(super) fn pragma(&self, name: &str) -> Sql<i64> {
+        self.db.pragma_query_value(None, name, |row| row.get(0))
+    }
+
+    pub(super) fn waiting(&self, now: Stamp) -> (bool, Option<u64>) {
+        (self.outbox.has_waiting(), self.outbox.next_release(now))
+    }
+
+    /// Moves the write-ahead log into the database and closes it.
+    pub(super) fn close(self) -> Sql<()> {
+        self.db.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)")?;
+        self.db.close().map_err(|(_, error)| error)
+    }
+
+    pub(super) fn transaction<T>(&mut self, work: impl FnOnce(&mut Self) -> Sql<T>) -> Sql<T> {
+        self.db.execute_batch("BEGIN IMMEDIATE")?;
+        let done = work(self)?;
+        if !self.settings.faults.commit_stall.is_zero() {
+            std::thread::sleep(self.settings.faults.commit_stall);
+        }
+        self.db.execute_batch("COMMIT")?;
+        Ok(done)
+    }
+
+    /// Ends a failed transaction and reads again what memory had changed.
+    pub(super) fn reload(&mut self) -> Sql<()> {
+        if !self.db.is_autocommit() {
+            self.db.execute_batch("ROLLBACK")?;
+        }
+        (self.outbox, self.session, self.inbox) = load(&self.db)?;
+        Ok(())
+    }
+
+    /// See [`super::Store::begin`].
+    pub(super) fn begin(
+        &mut self,
+        owner: (&str, &str),
+        policy: OnSessionLoss,
+        unacked: &[(Lane, Seq)],
+        now: Stamp,
+    ) -> Sql<(Begin, Settled)> {
+        let mut settled = Settled::default();
+        self.session.begin(&self.db, &mut self.outbox, owner, policy, &mut settled)?;
+        let begin = self.session.resume(&self.db, &mut self.outbox, unacked, &self.boot, now)?;
+        self.outbox.write_changes(&self.db)?;
+        Ok((begin, settled))
+    }
+
+    /// See [`super::Store::disown`].
+    pub(super) fn disown(&mut self, epoch: u32, boot: u32, policy: OnSessionLoss) -> Sql<Settled> {
+        let mut settled = Settled::default();
+        self.session.disown(&self.db, &mut self.outbox, policy, &mut settled)?;
+        self.db.execute("UPDATE meta SET epoch = ?, boot = ?", params![epoch, boot])?;
+        self.outbox.write_changes(&self.db)?;
+        (self.boot.epoch, self.boot.boot) = (epoch, boot);
+        Ok(settled)
+    }
+
+    /// See [`super::Store::check_next`].
+    pub(super) fn read_through(&self, from: i64) -> Sql<Option<i64>> {
+        Outbox::read_through(&self.db, from)
+    }
+
+    /// Everything one transaction does.
+    pub(super) fn apply(&mut self, batch: Batch, now: Stamp) -> Sql<Committed> {
+        let mut committed = Committed::default();
+        let when = (&self.boot, now);
+        for change in &batch.changes {
+            let recorded = match change {
+                Change::Inbound(inbound) | Change::InboundOpened { inbound, .. } => {
+                    self.inbox.record(&self.db, inbound, &self.boot, now)?
+                }
+                _ => true,
+            };
+            match change {
+                Change::InboundOpened { id, .. } if !recorded => committed.refused.push(*id),
+                _ => {
+                    self.session.settle(&self.db, &mut self.outbox, change, &mut committed.settled, when)?;
+                }
+            }
+        }
+        for append in batch.appends {
+            let accepted = self.accept(append, now)?;
+            committed.appends.push(accepted);
+        }
+        if let Some(offer) = &batch.offer {
+            committed.taken = self.session.take(&self.db, &mut self.outbox, offer, (&self.boot, now))?;
+            if let Some((lane, missing)) = self.outbox.missing() {
+                let what = format!("{missing} messages of lane {lane} cannot be found");
+                let corrupt = rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_CORRUPT);
+                return Err(rusqlite::Error::SqliteFailure(corrupt, Some(what)));
+            }
+        }
+        self.outbox.write_changes(&self.db)?;
+        Ok(committed)
+    }
+
+    fn accept(&mut self, append: Append, now: Stamp) -> Sql<Result<(), NotAccepted>> {
+        if let Some(message) = append.messages.iter().find(|m| m.payload.len_max() > PAYLOAD_MAX_BYTES) {
+            let refusal = NotAccepted::TooLarge { bytes: message.payload.len_max(), max: PAYLOAD_MAX_BYTES };
+            return Ok(Err(refusal));
+        }
+        if append.messages.iter().any(|message| message.qos == Qos::AtMostOnce) {
+            return Ok(Err(NotAccepted::Qos0));
+        }
+        let quota = self.settings.quota;
+        if append.closes.is_empty()
+            && !self.outbox.make_room(
+                &self.db,
+                Outbox::cost(&append.messages),
+                quota,
+                self.settings.when_full,
+            )?
+        {
+            return Ok(Err(NotAccepted::QuotaFull { quota, used: self.outbox.bytes() }));
+        }
+        for gap in &append.closes {
+            self.close_gap(gap)?;
+        }
+        self.outbox.append(&self.db, append.messages, &self.boot, now)?;
+        Ok(Ok(()))
+    }
+
+    /// What was dropped since the gap was looked at stays open.
+    fn close_gap(&self, gap: &Gap) -> Sql<()> {
+        let (lane, reason) = (gap.lane as i64, &gap.reason);
+        self.db.execute(
+            "UPDATE gap SET count = count - ?3, first_seq = max(first_seq, ?4) WHERE lane = ?1 AND reason = ?2",
+            params![lane, reason, gap.count, gap.last.0 + 1],
+        )?;
+        self.db.execute("DELETE FROM gap WHERE count <= 0", []).map(drop)
+    }
+
+    /// What screens show.
+    pub(super) fn look(&self, now: Stamp) -> Sql<Look> {
+        let lane = |number: i64| Lane::ALL[number.clamp(0, 2) as usize];
+        let mut dropped = self.db.prepare_cached("SELECT lane, reason, count FROM dropped")?;
+        let mut gaps = self.db.prepare_cached("SELECT lane, reason, first_seq, last_seq, count FROM gap")?;
+        Ok(Look {
+            lanes: self.outbox.depth(&self.db, &self.boot, now)?,
+            dropped: dropped
+                .query_map([], |row| Ok((lane(row.get(0)?), row.get(1)?, row.get(2)?)))?
+                .collect::<Result<_, _>>()?,
+            gaps: gaps
+                .query_map([], |row| {
+                    Ok(Gap {
+                        lane: lane(row.get(0)?),
+                        reason: row.get(1)?,
+                        first: Seq(row.get(2)?),
+                        last: Seq(row.get(3)?),
+                        count: row.get(4)?,
+                    })
+                })?
+                .collect::<Result<_, _>>()?,
+            dead_letters: self.db.query_row("SELECT count(*) FROM dead_letter", [], |row| row.get(0))?,
+            inbox: self.inbox.recorded(),
+            rows: self.session.rows(),
+            used_bytes: self.outbox.bytes(),
+            quota: self.settings.quota,
+            boot: self.boot.clone(),
+            damage: None,
+            trouble: None,
+        })
+    }
+}
+
+fn connect(settings: &Settings) -> Result<Connection, rusqlite::Error> {
+    let db = Connection::open(&settings.path)?;
+    db.set_prepared_statement_cache_capacity(64);
+    // An agent that is just stopping may still hold the file.
+    db.busy_timeout(Duration::from_secs(1))?;
+    let pages_max = (settings.quota + settings.quota / 4 + HEADROOM_BYTES) / PAGE_BYTES;
+    db.execute_batch(&format!(
+        "PRAGMA page_size = {PAGE_BYTES};
+         PRAGMA locking_mode = EXCLUSIVE;
+         PRAGMA journal_mode = WAL;
+         PRAGMA synchronous = FULL;
+         PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES};
+         PRAGMA journal_size_limit = {};
+         PRAGMA max_page_count = {pages_max};
+         PRAGMA cache_size = -2000;
+         PRAGMA temp_store = MEMORY;",
+        4 * CHECKPOINT_PAGES * PAGE_BYTES
+    ))?;
+    Ok(db)
+}
+
+/// Refuses what is not ours or too new; makes the tables where there are none.
+fn check_identity(db: &Connection, path: &Path) -> Result<(), StoreError> {
+    let fail = |source| sqlite_error(path, source);
+    let pragma = |name: &str| db.pragma_query_value(None, name, |row| row.get::<_, i64>(0)).map_err(fail);
+    let tables: i64 =
+        db.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0)).map_err(fail)?;
+    let (application, schema) = (pragma("application_id")?, pragma("user_version")?);
+    if tables == 0 && application == 0 {
+        return create(db).map_err(fail);
+    }
+    if application != APPLICATION_ID {
+        let what = "it belongs to another program".to_owned();
+        return Err(StoreError::Damaged { path: path.to_owned(), what });
+    }
+    if schema > SCHEMA {
+        return Err(StoreError::Newer { path: path.to_owned(), found: schema, known: SCHEMA });
+    }
+    Ok(())
+}
+
+/// A new database knows of no session, so whatever the broker holds under our name must be discarded:
+/// `clean_start` is set in the transaction that makes it.
+fn create(db: &Connection) -> Result<(), rusqlite::Error> {
+    let schema = include_str!("schema.sql");
+    db.execute_batch(&format!(
+        "BEGIN IMMEDIATE;
+         {schema}
+         INSERT INTO meta VALUES (1, 1, 0, '', 0, '');
+         INSERT INTO lane VALUES (0, 1, 0, 0), (1, 1, 0, 0), (2, 1, 0, 0);
+         INSERT INTO session VALUES (1, '', '', 0, 1, 0);
+         PRAGMA application_id = {APPLICATION_ID};
+         PRAGMA user_version = {SCHEMA};
+         COMMIT;"
+    ))
+}
+
+/// Counts this start, and notices another boot of the machine or another machine: a copied database takes a
+/// new epoch and a clean start, because what its rows say of the broker's session may be long past.
+fn start(db: &Connection) -> Result<Boot, rusqlite::Error> {
+    let read = |path: &str| fs::read_to_string(path).unwrap_or_default().trim().to_owned();
+    let machine_now = read("/etc/machine-id");
+    let kernel_boot_id_now = read("/proc/sys/kernel/random/boot_id");
+    db.execute_batch("BEGIN IMMEDIATE")?;
+    let (epoch, boot, machine, kernel_boot, kernel_boot_id): (u32, u32, String, u32, String) = db
+        .query_row("SELECT epoch, boot, machine, kernel_boot, kernel_boot_id FROM meta", [], |row| {
+            Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?, row.get(4)?))
+        })
+        .optional()?
+        .unwrap_or((1, 0, String::new(), 0, String::new()));
+    let copied = !machine.is_empty() && machine != machine_now;
+    if copied {
+        tracing::warn!(
+            "the database comes from another machine: new epoch, the broker's session is discarded"
+        );
+        db.execute("UPDATE session SET clean_start = 1, canary = 0", [])?;
+    }
+    let boot = Boot {
+        epoch: epoch + u32::from(copied),
+        boot: boot + 1,
+        kernel_boot: kernel_boot + u32::from(kernel_boot_id != kernel_boot_id_now),
+    };
+    db.execute(
+        "UPDATE meta SET epoch = ?, boot = ?, machine = ?, kernel_boot = ?, kernel_boot_id = ?",
+        params![boot.epoch, boot.boot, machine_now, boot.kernel_boot, kernel_boot_id_now],
+    )?;
+    db.execute_batch("COMMIT")?;
+    Ok(boot)
+}
+
+fn load(db: &Connection) -> Result<(Outbox, SessionTable, Inbox), rusqlite::Error> {
+    let mut outbox = Outbox::load(db)?;
+    let session = SessionTable::load(db, &mut outbox)?;
+    Ok((outbox, session, Inbox::load(db)?))
+}
+
+/// A table or column that must be there is not, a number where text must be: the schema page itself is
+/// damaged, or a row is.
+fn is_schema_damage(source: &rusqlite::Error) -> bool {
+    match source {
+        rusqlite::Error::SqliteFailure(_, Some(words)) => words.starts_with("no such "),
+        rusqlite::Error::SqlInputError { msg, .. } => msg.starts_with("no such "),
+        rusqlite::Error::QueryReturnedNoRows
+        | rusqlite::Error::InvalidColumnType(..)
+        | rusqlite::Error::IntegralValueOutOfRange(..)
+        | rusqlite::Error::FromSqlConversionFailure(..) => true,
+        _ => false,
+    }
+}
+
+pub(super) fn sqlite_error(path: &Path, source: rusqlite::Error) -> StoreError {
+    let path = path.to_owned();
+    match source.sqlite_error_code() {
+        Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => StoreError::InUse { path },
+        Some(ErrorCode::DiskFull) => StoreError::DiskFull { path },
+        Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt) => {
+            StoreError::Damaged { path, what: source.to_string() }
+        }
+        _ if is_schema_damage(&source) => StoreError::Damaged { path, what: source.to_string() },
+        _ => StoreError::Sqlite { path, source },
+    }
+}
