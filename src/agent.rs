@@ -25,8 +25,8 @@ use crate::health::{Facts, Reporter};
 use crate::message::TopicError;
 use crate::pipeline;
 use crate::point::{PointIndex, Reading};
+use crate::policy::Policy;
 use crate::policy::format::Speaker;
-use crate::policy::{Policy, Reporting};
 use crate::source::modbus::{self, LateReplies, Line, LinePoint, LineStatus, Unit};
 use crate::stats::Stats;
 use crate::store::{self, Store, StoreError};
@@ -190,7 +190,8 @@ impl Agent {
         }
 
         let mut pipeline = JoinSet::new();
-        let policy = Policy::new(&config.gateway.id, reporting(config));
+        let reporting = config.points.iter().map(|point| point.report.clone());
+        let policy = Policy::new(&config.gateway.id, reporting.collect());
         pipeline.spawn(pipeline::run(policy, from_lines, store.clone(), qos0.clone(), Arc::clone(&stats)));
 
         let uplink_settings = uplink_settings(config, speaker, faults)?;
@@ -380,7 +381,7 @@ fn modbus_line(config: &Config, line: &config::ModbusLine) -> Line {
         let point = &config.points[index];
         LinePoint {
             index: PointIndex(index),
-            name: point.id.point.clone(),
+            name: point.report.id.point.clone(),
             space: point.space,
             address: point.address,
             encoding: point.encoding.clone(),
@@ -399,19 +400,4 @@ fn modbus_line(config: &Config, line: &config::ModbusLine) -> Line {
         late_replies: LateReplies::Discard,
         units: line.units.iter().map(unit).collect(),
     }
-}
-
-fn reporting(config: &Config) -> Vec<Reporting> {
-    let reporting = |point: &config::Point| Reporting {
-        id: point.id.clone(),
-        topic: point.report.topic.clone(),
-        qos: point.report.qos,
-        retain: point.report.retain,
-        lane: point.report.lane,
-        unit: point.report.unit.clone(),
-        deadband: point.report.deadband,
-        longest_silence: point.report.longest_silence,
-        expires_after: point.report.expires_after,
-    };
-    config.points.iter().map(reporting).collect()
 }

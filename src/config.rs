@@ -18,9 +18,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::message::{Lane, Qos, Topic};
-use crate::point::PointId;
-use crate::policy::deadband::Deadband;
+use crate::message::Topic;
+use crate::policy::Reporting;
 use crate::source::modbus::Space;
 use crate::source::modbus::register::Encoding;
 use crate::uplink::packet::Protocol;
@@ -156,8 +155,6 @@ pub struct ModbusUnit {
 /// One point: what is read, and how it is reported.
 #[derive(Debug, Clone)]
 pub struct Point {
-    /// `line/unit/point`.
-    pub id: PointId,
     /// Register type.
     pub space: Space,
     /// Address on the wire, from 0.
@@ -167,30 +164,7 @@ pub struct Point {
     /// How often it is read. Default 1 s; 50 ms to 1 d.
     pub every: Duration,
     /// How it is reported.
-    pub report: Report,
-}
-
-/// How a point's samples become messages.
-#[derive(Debug, Clone)]
-pub struct Report {
-    /// The rendered topic. Points of one unit with the same topic, QoS, retain and lane share a message.
-    pub topic: Topic,
-    /// Default 1.
-    pub qos: Qos,
-    /// Default false.
-    pub retain: bool,
-    /// Default normal.
-    pub lane: Lane,
-    /// Unit of measure in payloads, `kWh`; 1 to 32 characters.
-    pub unit: Option<String>,
-    /// How far a value must move to be reported. Default: every sample is. A bool with
-    /// any dead band is reported when it changes: its band is 0 here.
-    pub deadband: Deadband,
-    /// A value that stays within its dead band is reported all the same after this long. Default 10 min
-    /// with a dead band; 1 s to 30 d.
-    pub longest_silence: Duration,
-    /// How long a message is still worth sending. Default: for ever; 1 s to 3650 d.
-    pub expires_after: Option<Duration>,
+    pub report: Reporting,
 }
 
 /// Reads and checks a configuration file, and the files `conf.d/*.toml` beside it in the order of their names:

@@ -2,18 +2,18 @@
 //!
 //! ```text
 //!  devices ─► source/* ──Reading─► pipeline(policy) ──Message──► store/outbox ──► uplink ──PUBLISH──► broker
-//!                                                                   ▲    ▲           │
-//!                                                           answer  │    └─ settle ──┘ PUBACK / PUBREC / PUBCOMP
-//!  devices ◄─ source/* ◄──Write─── dispatch ◄──Command── store/inbox ◄── uplink ◄──PUBLISH── broker
+//!                                                                        ▲           │
+//!                                                                        └─ settle ──┘ PUBACK / PUBREC / PUBCOMP
+//!                                                  store/inbox ◄── uplink ◄──PUBLISH── broker
 //! ```
 //!
 //! **The database is the truth; everything in memory can be thrown away.** A message exists when its
 //! transaction commits and ends when its last acknowledgement commits.
 //!
-//! The import law, held by `tests/layers.rs`:
-//! - vocabulary ([`point`], [`message`], [`stats`]) imports nothing of ours;
-//! - pure logic (schedule, plan, register, policy, session, backoff, presence, clock) imports vocabulary
-//!   and other pure logic only, and knows no runtime, no clock, no socket and no file;
+//! The import law (its text is the tables in `tests/layers.rs`, which hold it):
+//! - vocabulary ([`point`], [`message`], [`turn`], [`stats`], [`clock::Stamp`]) imports vocabulary only;
+//! - pure logic (schedule, plan, register, policy, session, backoff, presence) imports vocabulary and what its row
+//!   in the table names, and knows no runtime, no clock, no socket and no file;
 //! - each I/O crate is named in one place: rumqttc in `uplink/link*`, rusqlite in `store*`, tokio-modbus in
 //!   `source/modbus/client`, toml in `config*`;
 //! - edges never import each other: the store is the only hub, and [`agent`] alone sees all.

@@ -21,23 +21,26 @@ use format::Entry;
 /// How one point is reported.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Reporting {
-    /// Which point.
+    /// Which point: `line/unit/point`.
     pub id: PointId,
-    /// Where it is published.
+    /// Where it is published, rendered. Points of one unit with the same topic, QoS, retain and lane share a
+    /// message.
     pub topic: Topic,
-    /// At which quality of service.
+    /// At which quality of service. Default 1.
     pub qos: Qos,
-    /// Whether the broker is asked to keep it.
+    /// Whether the broker is asked to keep it. Default false.
     pub retain: bool,
-    /// Which queue it joins.
+    /// Which queue it joins. Default normal.
     pub lane: Lane,
-    /// Unit of measure, `kWh`.
+    /// Unit of measure, `kWh`; 1 to 32 characters.
     pub unit: Option<String>,
-    /// How far it must move to be reported.
+    /// How far it must move to be reported. Default: every sample is. A bool with any dead band is reported when
+    /// it changes: its band is 0 here.
     pub deadband: Deadband,
-    /// How long it may go unreported within its dead band, or while it stays bad.
+    /// How long it may go unreported within its dead band, or while it stays bad. Default 10 min with a dead
+    /// band; 1 s to 30 d.
     pub longest_silence: Duration,
-    /// How long after acceptance it is worth sending; `None` for ever.
+    /// How long after acceptance it is worth sending; `None` for ever, the default. 1 s to 3650 d.
     pub expires_after: Option<Duration>,
 }
 

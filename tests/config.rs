@@ -69,7 +69,7 @@ fn the_reference_file_loads_as_it_is() {
     assert_eq!(config.modbus.len(), 2);
     assert_eq!(config.points.len(), 4);
     assert_eq!(config.modbus[1].units[0].points, 2..4);
-    assert_eq!(config.points[1].id.to_string(), "line1/meter1/energy");
+    assert_eq!(config.points[1].report.id.to_string(), "line1/meter1/energy");
     assert_eq!((config.points[1].space, config.points[1].address), (Space::Holding, 10));
     assert_eq!((config.points[1].encoding.kind, config.points[1].encoding.order), (Kind::U32, Order::Cdab));
     assert_eq!((config.points[3].space, config.points[3].address), (Space::DiscreteInput, 0));

@@ -133,6 +133,7 @@ const LAYERS: &[Layer] = &[
             "config",
             "message",
             "point",
+            "policy::Reporting",
             "policy::deadband::Deadband",
             "policy::topic",
             "source::modbus::Parity",

@@ -45,7 +45,7 @@ async fn run_dry(config: Config) -> Result<(), Failure> {
     let points = config
         .points
         .iter()
-        .map(|point| Label { name: point.id.to_string(), unit: point.report.unit.clone() });
+        .map(|point| Label { name: point.report.id.to_string(), unit: point.report.unit.clone() });
     let table = Table::new(points.collect(), colours(&io::stdout()));
     let (sender, readings) = mpsc::channel(READINGS_MAX);
     let mut out = io::stdout();

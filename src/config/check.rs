@@ -1,6 +1,6 @@
 //! From the file's shape to a checked [`Config`]: every problem at once, each with its place and a remedy.
 //!
-//! The only file of the configuration that reads files; `[broker]` and `[[modbus]]` are walked by `broker` and
+//! The only file of the configuration that reads files (`modbus` asks where a device's links lead); `[broker]` and `[[modbus]]` are walked by `broker` and
 //! `modbus`.
 
 use std::io::{ErrorKind, Read};

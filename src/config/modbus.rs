@@ -52,7 +52,7 @@ const LANES: [value::Choice<Lane>; 3] = [
 
 /// What line, unit and point can each set; the innermost one holds.
 #[derive(Clone)]
-pub(super) struct Reporting {
+pub(super) struct Defaults {
     pub(super) every: Duration,
     pub(super) qos: Qos,
     pub(super) retain: bool,
@@ -64,9 +64,9 @@ pub(super) struct Reporting {
     pub(super) expires_after: Option<Duration>,
 }
 
-impl Reporting {
-    fn defaults() -> Self {
-        Reporting {
+impl Defaults {
+    fn standard() -> Self {
+        Defaults {
             every: SECOND,
             qos: Qos::AtLeastOnce,
             retain: false,
@@ -90,7 +90,7 @@ impl Reporting {
         let deadband = walk.get(section, "deadband", value::deadband);
         let expires_after =
             walk.get(section, "expires_after", |value| quantity::duration(value, EXPIRES_AFTER));
-        Reporting {
+        Defaults {
             every: walk.duration(section, "every", EVERY, self.every),
             qos: qos.map_or(self.qos, |qos| qos.value),
             retain: retain.map_or(self.retain, |retain| retain.value),
@@ -135,7 +135,7 @@ fn line(
     };
     let patience = if kind == Some(Kind::Rtu) { SECOND } else { 3 * SECOND };
     let timeout = walk.duration(section, "timeout", TIMEOUT, patience);
-    let reporting = Reporting::defaults().within(walk, section);
+    let reporting = Defaults::standard().within(walk, section);
     let sections = walk.tables(section, "unit", &UNIT);
     let mut names = HashMap::new();
     let mut numbers = HashMap::new();
@@ -155,7 +155,7 @@ fn unit_points(
     walk: &mut Walk<'_>,
     section: Section<'_>,
     (line, unit): (&Arc<str>, &Arc<str>),
-    reporting: &Reporting,
+    reporting: &Defaults,
     seen: &mut Seen<'_>,
     points: &mut Vec<Point>,
 ) -> Range<usize> {

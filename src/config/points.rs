@@ -1,13 +1,14 @@
 //! One point: its registers, its type, and how it is reported.
 
+use super::Point;
 use super::check::render_topic;
-use super::modbus::{Reporting, Seen};
+use super::modbus::{Defaults, Seen};
 use super::raw::Value;
 use super::read::{Placed, Section, Walk};
 use super::value::{self, Complaint};
-use super::{Point, Report};
 use crate::message::Topic;
 use crate::point::PointId;
+use crate::policy::Reporting;
 use crate::policy::deadband::Deadband;
 use crate::policy::topic::Names;
 use crate::source::modbus::Space;
@@ -40,35 +41,35 @@ pub(super) fn point(
     walk: &mut Walk<'_>,
     section: Section<'_>,
     id: PointId,
-    reporting: &Reporting,
+    defaults: &Defaults,
     seen: &mut Seen<'_>,
 ) -> Point {
     let (space, address) = register(walk, section);
     let encoding = encoding(walk, section, space, address);
     let unit = walk.get(section, "unit", unit_of_measure).map(|unit| unit.value);
-    let topic = topic(walk, section, &id, reporting, seen);
-    let deadband = match (reporting.deadband, encoding.kind) {
+    let topic = topic(walk, section, &id, defaults, seen);
+    let deadband = match (defaults.deadband, encoding.kind) {
         (None, _) => Deadband::None,
         // A bit moves by 1 or by 100 %: a wider band meant for its neighbours would hide every change of it.
         (Some(_), Kind::Bool) => Deadband::Absolute(0.0),
         (Some(deadband), _) => deadband,
     };
-    let report = Report {
+    let report = Reporting {
+        id,
         topic,
-        qos: reporting.qos,
-        retain: reporting.retain,
-        lane: reporting.lane,
+        qos: defaults.qos,
+        retain: defaults.retain,
+        lane: defaults.lane,
         unit,
         deadband,
-        longest_silence: reporting.longest_silence,
-        expires_after: reporting.expires_after,
+        longest_silence: defaults.longest_silence,
+        expires_after: defaults.expires_after,
     };
     Point {
-        id,
         space,
         address: address.map_or(0, |address| address.value),
         encoding,
-        every: reporting.every,
+        every: defaults.every,
         report,
     }
 }
@@ -176,13 +177,13 @@ fn topic(
     walk: &mut Walk<'_>,
     section: Section<'_>,
     id: &PointId,
-    reporting: &Reporting,
+    defaults: &Defaults,
     seen: &mut Seen<'_>,
 ) -> Topic {
     let place_of = |key| section.table.get(key).map(|entry| entry.node.place);
     let here = place_of("name").unwrap_or(section.table.place);
     let names = Names { gateway: seen.gateway, line: &id.line, unit: &id.unit, point: &id.point };
-    let (template, given) = &reporting.topic;
+    let (template, given) = &defaults.topic;
     let topic = match render_topic(template, &names) {
         Ok(topic) => topic,
         Err(complaint) => {
@@ -192,7 +193,7 @@ fn topic(
         }
     };
     let ways = seen.topics.entry(topic.clone()).or_default();
-    let (qos, lane) = (reporting.qos, reporting.lane);
+    let (qos, lane) = (defaults.qos, defaults.lane);
     if !ways.iter().any(|way| (way.0, way.1) == (qos, lane)) {
         let place = place_of("qos").or(place_of("lane")).unwrap_or(here);
         if let Some((first_qos, first_lane, first)) = ways.first() {
