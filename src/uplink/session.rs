@@ -1115,16 +1115,19 @@ impl Session {
     }
 
     fn offer(&mut self) -> Option<Offer> {
-        let room = self.room();
-        if self.offered || self.draining || self.phase != Phase::Running || !self.todo.is_empty() || room == 0
-        {
+        // The store keeps an offer until it can hand out something, and it is not changed meanwhile: one without
+        // room for the next message, whatever that is, would stay there for ever.
+        let (room, qos2_room) = (self.room(), self.qos2_room());
+        let max_bytes = FLIGHT_MAX_BYTES.saturating_sub(self.flight_bytes());
+        let full = room == 0 || qos2_room == 0 || max_bytes == 0;
+        if self.offered || self.draining || self.phase != Phase::Running || !self.todo.is_empty() || full {
             return None;
         }
         self.offered = true;
         Some(Offer {
             ids: self.free_ids(room),
-            qos2_room: self.qos2_room(),
-            max_bytes: FLIGHT_MAX_BYTES.saturating_sub(self.flight_bytes()),
+            qos2_room,
+            max_bytes,
             max_qos: self.max_qos(),
             max_publish_bytes: self.limits.max_packet_bytes,
         })
