@@ -98,6 +98,9 @@ pub enum Change {
     /// The broker has no session of ours: rows are queued again by policy, inbound state is forgotten, the
     /// flags are cleared.
     SessionAbsent(OnSessionLoss),
+    /// The broker has a session, but not the one the rows belong to: rows are queued again by policy, and it must
+    /// be discarded before anything is published.
+    SessionReplaced(OnSessionLoss),
     /// The broker's session is the one the rows belong to; the flags are cleared.
     SessionPresent,
     /// Whether the canary's echo came back after it was subscribed: only then does its absence prove anything.
@@ -189,4 +192,19 @@ pub struct Begin {
     pub epoch: u32,
     /// Messages that are not done.
     pub queued: u64,
+}
+
+/// Bytes of a PUBLISH at QoS 1 or 2 on MQTT 5 (section 3.3), for the broker's Maximum Packet Size, which 3.1.1
+/// does not have.
+pub fn publish_bytes(topic: &str, payload: &[u8], expires_s: Option<u32>) -> usize {
+    let expiry = if expires_s.is_some() { 5 } else { 0 };
+    // Topic length, Packet Identifier, Property Length.
+    let remaining = 2 + topic.len() + 2 + 1 + expiry + payload.len();
+    let length = match remaining {
+        0..0x80 => 1,
+        0x80..0x4000 => 2,
+        0x4000..0x20_0000 => 3,
+        _ => 4,
+    };
+    1 + length + remaining
 }

@@ -1255,6 +1255,7 @@ async fn a_stalled_link_stays_open_and_loses_nothing() {
 fn the_mosquitto_log_tells_first_times_from_repeats() {
     let log = "\
 1700000000: New client connected from 127.0.0.1:5000 as gate (way) (p2, c0, k60).
+1700000000: Sending CONNACK to gate (way) (1, 0)
 1700000000: Received PUBLISH from gate (way) (d0, q0, r1, m0, 'it''s', ... (0 bytes))
 1700000000: Received PUBLISH from gate (way) (d0, q2, r0, m1024, 'a/b', ... (200 bytes))
 1700000000: Sending PUBREC to gate (way) (m1024, rc0)
@@ -1265,12 +1266,17 @@ fn the_mosquitto_log_tells_first_times_from_repeats() {
 1700000002: Received PUBLISH from gate (way) (d0, q2, r0, m7, 'a/c', ... (7 bytes))
 1700000002: Sending PUBREC to gate (way) (m7, rc151)
 1700000002: Received PUBLISH from gate (way) (d0, q2, r0, m7, 'a/c', ... (7 bytes))
-1700000003: New client connected from 127.0.0.1:5000 as gate (way) (p2, c1, k60).
+1700000003: New client connected from 127.0.0.1:5000 as gate (way) (p2, c0, k60).
+1700000003: Sending CONNACK to gate (way) (0, 0)
 1700000003: Received PUBLISH from gate (way) (d0, q2, r0, m7, 'a/d', ... (7 bytes))";
     let count = LogCount::read(log);
     assert_eq!(
         count.publishes.iter().map(|p| p.first_time).collect::<Vec<_>>(),
         [true, true, false, true, true, true, true]
+    );
+    assert_eq!(
+        count.publishes.iter().map(|p| p.handed_on).collect::<Vec<_>>(),
+        [true, true, false, false, false, false, false]
     );
     assert_eq!((count.first_time("#"), count.first_time("a/b"), count.publishes[1].bytes), (6, 2, 200));
     assert_eq!((count.publishes[0].topic.as_str(), count.publishes[0].retain), ("it''s", true));

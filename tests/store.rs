@@ -362,6 +362,36 @@ fn beyond_the_quota_the_oldest_go_first_never_what_is_in_flight_and_the_gap_adds
 }
 
 #[test]
+fn what_may_wait_never_pushes_out_an_alarm() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut store = Store::open(Settings { quota: 8 << 10, ..settings(folder.path()) }).unwrap();
+    let noise = |seed: u64, lane| {
+        let mut random = fastrand::Rng::with_seed(seed);
+        let text: String = (0..500).map(|_| random.alphanumeric()).collect();
+        Message { lane, ..message("t", Qos::AtLeastOnce, &text) }
+    };
+    for seed in 0..10 {
+        assert_eq!(accept(&mut store, vec![noise(seed, Lane::Alarm)]).appends, [Ok(())]);
+    }
+    for seed in 100..120 {
+        // Room is made among its own kind, or it is refused.
+        let _accepted_or_refused = accept(&mut store, vec![noise(seed, Lane::Bulk)]).appends;
+    }
+    let look = store.look(clock::now()).unwrap();
+    assert_eq!(
+        (look.lanes[0].messages, look.dropped.iter().any(|(lane, ..)| *lane == Lane::Alarm)),
+        (10, false)
+    );
+    for seed in 200..210 {
+        assert_eq!(
+            accept(&mut store, vec![noise(seed, Lane::Alarm)]).appends,
+            [Ok(())],
+            "an alarm pushes out the rest"
+        );
+    }
+}
+
+#[test]
 fn a_full_queue_that_rejects_still_records_everything_else() {
     let folder = tempfile::tempdir().unwrap();
     let full = Settings { quota: 4 << 10, when_full: WhenFull::RejectNew, ..settings(folder.path()) };

@@ -193,10 +193,12 @@ impl Database {
             return Ok(Err(NotAccepted::Qos0));
         }
         let quota = self.settings.quota;
+        let for_lane = append.messages.iter().map(|message| message.lane).min().unwrap_or(Lane::Bulk);
         if append.closes.is_empty()
             && !self.outbox.make_room(
                 &self.db,
                 Outbox::cost(&append.messages),
+                for_lane,
                 quota,
                 self.settings.when_full,
             )?

@@ -254,12 +254,13 @@ impl Outbox {
         Ok(())
     }
 
-    /// Drops the oldest records of the lowest lanes that are not in flight, until `need` more bytes fit.
-    /// Returns whether they do.
+    /// Drops the oldest records that are not in flight, the lowest lane's first and none above `for_lane`, until
+    /// `need` more bytes fit. Returns whether they do.
     pub(crate) fn make_room(
         &mut self,
         db: &Connection,
         need: u64,
+        for_lane: Lane,
         quota: u64,
         policy: WhenFull,
     ) -> Sql<bool> {
@@ -269,7 +270,7 @@ impl Outbox {
         if policy == WhenFull::RejectNew || need > quota {
             return Ok(false);
         }
-        for lane in Lane::ALL.into_iter().rev() {
+        for lane in Lane::ALL.into_iter().rev().filter(|lane| *lane >= for_lane) {
             let mut from = 0;
             while self.bytes() + need > quota {
                 let Some((first, count)) = find(db, lane, from)? else { break };
@@ -341,10 +342,11 @@ impl Outbox {
         boot: &Boot,
         now: Stamp,
     ) -> Sql<Option<Record>> {
+        // Even in a lane that is held: a topic whose time has come must not ask for attention again and again.
+        self.lane(lane).release_held(now);
         if self.lane(lane).held_until_mono_ms > now.mono_ms {
             return Ok(None);
         }
-        self.lane(lane).release_held(now);
         while let Some(seq) = self.candidate(db, lane)? {
             let Some((entry, expires_s)) = self.readable(db, lane, seq, boot, now)? else { continue };
             let queue = self.lane(lane);
@@ -367,8 +369,12 @@ impl Outbox {
 
     /// The number to look at next: a returned one, or the first at or after the cursor that is open.
     fn candidate(&mut self, db: &Connection, lane: Lane) -> Sql<Option<u64>> {
-        if let Some(seq) = self.lane(lane).returned.first() {
-            return Ok(Some(*seq));
+        while let Some(seq) = self.lane(lane).returned.first().copied() {
+            // A limit may have taken it meanwhile.
+            if !self.is_done(db, lane, seq)? {
+                return Ok(Some(seq));
+            }
+            self.lane(lane).returned.remove(&seq);
         }
         loop {
             let queue = self.lane(lane);
@@ -441,6 +447,15 @@ impl Outbox {
         self.lane(lane).taken.insert(seq);
     }
 
+    /// The same, unless it is done.
+    pub(crate) fn keep_taken(&mut self, db: &Connection, lane: Lane, seq: u64) -> Sql<()> {
+        if !self.is_done(db, lane, seq)? {
+            self.lane(lane).returned.remove(&seq);
+            self.mark_taken(lane, seq);
+        }
+        Ok(())
+    }
+
     /// Unfinished QoS 1 records older than `seq`, marked as taken: sent before it, they keep the order.
     pub(crate) fn older(
         &mut self,
@@ -474,7 +489,7 @@ impl Outbox {
     pub(crate) fn give_back(&mut self, lane: Lane, seq: u64) {
         let queue = self.lane(lane);
         if queue.taken.remove(&seq) {
-            queue.returned.insert(seq);
+            queue.put_back(seq);
         }
     }
 
@@ -505,11 +520,13 @@ impl Outbox {
             (Hold::Topic, Some(topic)) => {
                 let held = queue.held.entry(topic).or_default();
                 held.until_mono_ms = held.until_mono_ms.max(until_mono_ms);
-                held.deferred.insert(seq);
+                if seq < queue.cursor {
+                    held.deferred.insert(seq);
+                }
             }
             _ => {
                 queue.held_until_mono_ms = queue.held_until_mono_ms.max(until_mono_ms);
-                queue.returned.insert(seq);
+                queue.put_back(seq);
             }
         }
         Ok(())
@@ -517,9 +534,10 @@ impl Outbox {
 
     /// When the next hold ends, by the monotonic clock.
     pub(crate) fn next_release(&self, now: Stamp) -> Option<u64> {
-        let holds = |lane: &LaneQueue| {
-            let topics = lane.held.values().map(|held| held.until_mono_ms);
-            topics.chain((lane.held_until_mono_ms > now.mono_ms).then_some(lane.held_until_mono_ms)).min()
+        let holds = |lane: &LaneQueue| match lane.held_until_mono_ms {
+            // No topic is free before its lane is.
+            until if until > now.mono_ms => Some(until),
+            _ => lane.held.values().map(|held| held.until_mono_ms).min(),
         };
         self.lanes.iter().filter_map(holds).min()
     }
@@ -635,6 +653,13 @@ impl LaneQueue {
         }
     }
 
+    /// Back into the queue. What the cursor has yet to pass, it will find by itself.
+    fn put_back(&mut self, seq: u64) {
+        if seq < self.cursor {
+            self.returned.insert(seq);
+        }
+    }
+
     fn release_held(&mut self, now: Stamp) {
         let due = |held: &Held| held.until_mono_ms <= now.mono_ms;
         if self.held.values().any(due) {
@@ -676,7 +701,8 @@ impl LaneQueue {
         {
             return Ok(Some(*first));
         }
-        let Some((first, count)) = find(db, lane, seq)?.filter(|(first, _)| *first <= seq) else {
+        let holds = |(first, count): &(u64, u64)| (*first..first + count).contains(&seq);
+        let Some((first, count)) = find(db, lane, seq)?.filter(holds) else {
             return Ok(None);
         };
         let bytes: u64 = db

@@ -13,7 +13,7 @@ use super::Boot;
 use super::outbox::{DropReason, Outbox};
 use crate::clock::Stamp;
 use crate::message::{Lane, PacketId, Qos, Record, Seq};
-use crate::turn::{Begin, Change, Offer, OnSessionLoss, Resume, RowState, Taken};
+use crate::turn::{Begin, Change, Offer, OnSessionLoss, Resume, RowState, Taken, publish_bytes};
 
 type Sql<T> = Result<T, rusqlite::Error>;
 
@@ -98,7 +98,8 @@ impl SessionTable {
         Ok(())
     }
 
-    /// The database turned out to be a copy of the past: what its rows say of the broker's session is void.
+    /// The database turned out to be a copy of the past, or the broker's session to be another one: what the rows
+    /// say of it is void.
     pub(crate) fn disown(
         &mut self,
         db: &Connection,
@@ -121,6 +122,10 @@ impl SessionTable {
     ) -> Sql<Begin> {
         let rows: Vec<Row> =
             self.rows.values().copied().filter(|row| row.state != RowState::Abandoned).collect();
+        for (lane, seq) in unacked {
+            // After a failed commit nobody here remembers them.
+            outbox.keep_taken(db, *lane, seq.0)?;
+        }
         outbox.give_back_unless(|lane, seq| {
             unacked.contains(&(lane, Seq(seq))) || rows.iter().any(|row| (row.lane, row.seq) == (lane, seq))
         });
@@ -152,7 +157,6 @@ impl SessionTable {
                 seq: Seq(row.seq),
             });
         }
-        self.fresh = false;
         let mut statement = db.prepare("SELECT pkid, hash FROM rx_open")?;
         let mut rx_open = Vec::new();
         let mut found = statement.query([])?;
@@ -213,6 +217,7 @@ impl SessionTable {
                 self.requeue_all(db, outbox, *policy, settled)?;
                 db.execute("UPDATE session SET uncertain = 0, clean_start = 0, canary = 0", []).map(drop)
             }
+            Change::SessionReplaced(policy) => self.disown(db, outbox, *policy, settled),
             Change::SessionPresent => {
                 db.execute("UPDATE session SET uncertain = 0 WHERE uncertain = 1", []).map(drop)
             }
@@ -244,7 +249,8 @@ impl SessionTable {
         'lanes: for lane in Lane::ALL {
             while let Some(id) = next_id.filter(|_| bytes_left > 0) {
                 let Some(record) = outbox.take(db, lane, boot, now)? else { continue 'lanes };
-                if offer.max_publish_bytes.is_some_and(|max| encoded_publish_max(&record) > max as usize) {
+                let bytes = publish_bytes(record.topic.as_str(), &record.payload, record.expires_s);
+                if offer.max_publish_bytes.is_some_and(|max| bytes > max as usize) {
                     let (lane, seq) = (record.lane, record.seq);
                     bury(db, outbox, lane, seq, PACKET_TOO_LARGE, Some(record), (boot, now))?;
                     continue;
@@ -265,6 +271,7 @@ impl SessionTable {
             }
             break;
         }
+        self.fresh &= taken.is_empty();
         Ok(taken)
     }
 
@@ -347,11 +354,6 @@ impl SessionTable {
 
 /// Reason code 0x95, given to a message that no connection to this broker can carry.
 const PACKET_TOO_LARGE: u8 = 0x95;
-
-/// Bytes of the PUBLISH at most: fixed header 5, topic length 2, identifier 2, properties 1 + 5 (message expiry).
-fn encoded_publish_max(record: &Record) -> usize {
-    15 + record.topic.as_str().len() + record.payload.len()
-}
 
 /// Done bit, drop counter and dead letter in one transaction.
 fn bury(

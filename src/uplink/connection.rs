@@ -14,7 +14,7 @@ use tracing::{debug, error, info, warn};
 
 use super::backoff::{Backoff, Cause};
 use super::link::{self, ConnectError, Endpoint, Link, LinkError, Stream};
-use super::packet::{Connect, Packet};
+use super::packet::{Connect, Packet, ReasonCode};
 use super::presence::{Announcement, Heard, Presence};
 use super::session::{self, Carry, Counted, Event, Session, SessionError};
 use super::tls;
@@ -34,6 +34,10 @@ const RECEIVE_MAX: u16 = 64;
 const USER_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long DISCONNECT and the presence before it may take.
 const GOODBYE: Duration = Duration::from_secs(2);
+/// The same when the stop was asked for a second time.
+const HASTY_GOODBYE: Duration = Duration::from_millis(300);
+/// No QoS 0 message is added to more unsent bytes than this: a broker that reads nothing costs no more memory.
+const QOS0_BEHIND_MAX_BYTES: usize = 1 << 20;
 /// A connection the broker closes sooner than this after another like it looks like a takeover.
 const SHORT_LIFE: Duration = Duration::from_secs(30);
 /// How many of those in a row are called one.
@@ -177,6 +181,10 @@ impl End {
         matches!(self, End::Session(SessionError::Protocol(_)) | End::Link(LinkError::Protocol { .. }))
     }
 
+    fn is_not_authorized(&self) -> bool {
+        matches!(self, End::Session(SessionError::Refused { reason: ReasonCode::NOT_AUTHORIZED, .. }))
+    }
+
     /// Ways in which a 3.1.1 broker throws out a client whose identifier another one uses.
     fn is_hang_up(&self) -> bool {
         matches!(self, End::Link(LinkError::Closed | LinkError::Io(_)))
@@ -273,6 +281,13 @@ impl Uplink {
         self.short_lives = if short { self.short_lives + 1 } else { 0 };
         let mut cause = end.cause();
         let mut reason = end.to_string();
+        if end.is_not_authorized() {
+            // What mosquitto and others answer to a wrong password too (5.0 section 3.2.2.2 leaves them the choice).
+            reason += match self.settings.username {
+                Some(_) => "; check [broker] username and password_file too",
+                None => "; no [broker] username is set",
+            };
+        }
         if self.short_lives >= SHORT_LIVES {
             cause = Cause::TakenOver;
             reason = format!(
@@ -316,7 +331,8 @@ impl Uplink {
             tokio::select! {
                 Some(_) = self.qos0.recv() => self.stats.qos0_dropped.increment(),
                 Some(_) = self.announcements.recv() => {}
-                _ = self.stop.changed() => return,
+                // Not the next change: the connection may have ended while it was being stopped.
+                _ = self.stop.wait_for(|stop| *stop != Stop::No) => return,
                 () = sleep_until(until) => return,
             }
         }
@@ -377,20 +393,13 @@ impl Uplink {
         queued: u64,
     ) -> Result<(), End> {
         if session.clean_start() {
-            info!(
-                "this database knows of no session: whatever the broker holds is discarded, queued commands too"
-            );
             self.discard_session().await?;
+            info!(
+                "this database knows of no session: what the broker held is discarded, queued commands too"
+            );
         }
         let mut link = self.open(false).await?;
-        let deadline = Instant::now() + self.settings.connect_timeout;
-        let mut stop = self.stop.clone();
-        let connack = tokio::select! {
-            packet = timeout_at(deadline, link.next()) => {
-                packet.map_err(|_| End::NoConnack(self.settings.connect_timeout))??
-            }
-            _ = stop.wait_for(|stop| *stop != Stop::No) => return Err(End::Stopped),
-        };
+        let connack = self.first_packet(&mut link).await?;
         session.on_packet(connack, clock::now().mono_ms)?;
         self.on_connected(session, &mut link);
         loop {
@@ -424,6 +433,16 @@ impl Uplink {
         Ok(link)
     }
 
+    /// What the broker says first; sends CONNECT meanwhile.
+    async fn first_packet(&self, link: &mut Link<Stream>) -> Result<Packet, End> {
+        let patience = self.settings.connect_timeout;
+        let mut stop = self.stop.clone();
+        tokio::select! {
+            packet = timeout(patience, link.next()) => Ok(packet.map_err(|_| End::NoConnack(patience))??),
+            _ = stop.wait_for(|stop| *stop != Stop::No) => Err(End::Stopped),
+        }
+    }
+
     fn connect(&self, clean: bool) -> Result<Connect, End> {
         let settings = &self.settings;
         let password = match &settings.password_file {
@@ -455,8 +474,7 @@ impl Uplink {
     /// mosquitto 2.0.11 loses it when it restarts (measured), whatever the Session Expiry Interval says.
     async fn discard_session(&self) -> Result<(), End> {
         let mut link = self.open(true).await?;
-        let deadline = self.settings.connect_timeout;
-        match timeout(deadline, link.next()).await.map_err(|_| End::NoConnack(deadline))?? {
+        match self.first_packet(&mut link).await? {
             Packet::ConnAck(connack) if !connack.reason.is_error() => {}
             Packet::ConnAck(connack) => {
                 let (reason, said) = (connack.reason, connack.reason_string);
@@ -464,7 +482,7 @@ impl Uplink {
             }
             other => return Err(SessionError::Protocol(format!("{} before CONNACK", other.name())).into()),
         }
-        link.queue(&Packet::Disconnect(super::packet::ReasonCode::SUCCESS))?;
+        link.queue(&Packet::Disconnect(ReasonCode::SUCCESS))?;
         // A broker that does not close its side has read DISCONNECT all the same, or says so by "present".
         let _closed = timeout(GOODBYE, link.close()).await;
         Ok(())
@@ -529,6 +547,7 @@ impl Uplink {
         let flushes = !reads && link.queued_bytes() > 0;
         let tick = Instant::now() + Duration::from_millis(session.tick_within_ms());
         let running = session.is_running();
+        let takes_qos0 = running && link.queued_bytes() < QOS0_BEHIND_MAX_BYTES;
         let receive = async {
             if reads {
                 Wake::Packet(link.next().await)
@@ -541,7 +560,7 @@ impl Uplink {
         tokio::select! {
             wake = receive => wake,
             answer = turned.recv() => Wake::Turned(answer),
-            Some(message) = self.qos0.recv(), if running => Wake::Qos0(message),
+            Some(message) = self.qos0.recv(), if takes_qos0 => Wake::Qos0(message),
             Some(announcement) = self.announcements.recv(), if running => Wake::Announcement(announcement),
             () = sleep_until(tick) => Wake::Tick,
             _ = self.stop.changed() => Wake::Stop,
@@ -663,12 +682,13 @@ impl Uplink {
         if let Stop::DrainUntil(deadline) = stop {
             self.settle_until(deadline, session, link, turned, epoch).await?;
         }
+        let patience = if *self.stop.borrow() == Stop::Now { HASTY_GOODBYE } else { GOODBYE };
         let stopped = self.presence.stopped(clock::now());
         announce(session, stopped, clock::now().mono_ms);
-        self.settle_until(Instant::now() + GOODBYE, session, link, turned, epoch).await?;
+        self.settle_until(Instant::now() + patience, session, link, turned, epoch).await?;
         session.disconnect();
         self.act(session, link, epoch, 0).await?;
-        let _late = timeout(GOODBYE, link.flush()).await;
+        let _late = timeout(patience, link.flush()).await;
         Ok(())
     }
 
@@ -683,8 +703,9 @@ impl Uplink {
     ) -> Result<(), End> {
         loop {
             self.act(session, link, epoch, 0).await?;
-            if session.is_idle() && link.queued_bytes() == 0 {
-                return Ok(());
+            if session.is_idle() {
+                // Only acknowledgements of ours can be left, which nothing will answer.
+                return timeout_at(deadline, link.flush()).await.unwrap_or(Ok(())).map_err(End::from);
             }
             let Ok(wake) = timeout_at(deadline, self.wake(session, link, turned)).await else {
                 return Ok(());

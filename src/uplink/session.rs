@@ -16,7 +16,9 @@ use bytes::Bytes;
 
 use super::packet::{ConnAck, Limits, Packet, Protocol, Publish, ReasonCode};
 use crate::message::{Lane, Message, PacketId, Qos, Record, Seq, Topic};
-use crate::turn::{Begin, Change, Hold, Inbound, Offer, OnSessionLoss, Resume, RowState, Taken};
+use crate::turn::{
+    Begin, Change, Hold, Inbound, Offer, OnSessionLoss, Resume, RowState, Taken, publish_bytes,
+};
 
 /// Identifiers 1 to this are for SUBSCRIBE, the canary and presence; messages go round above it.
 const OWN_ID_MAX: u16 = 1023;
@@ -88,6 +90,16 @@ pub enum SessionError {
         "the broker still has the old session after a clean start; its messages cannot be told from ours"
     )]
     NotClean,
+    /// The canary proved that the broker has begun a new session without our knowing. What it may have under our
+    /// name by now cannot be told from what was ours, so the next connection begins clean.
+    #[error("the broker has lost the session; it is begun anew")]
+    Replaced,
+    /// Whether the session is the old one cannot be found out now.
+    #[error(
+        "the broker refuses to take the message that would prove the session to be the old one: {} (0x{:02X})",
+        disconnect_reason(*.0), .0.0
+    )]
+    CanaryRefused(ReasonCode),
     /// Nothing was heard for 1.5 times the keep alive.
     #[error("nothing heard from the broker for {idle_ms} ms")]
     Silent {
@@ -208,9 +220,10 @@ pub struct Carry {
 }
 
 impl Carry {
-    /// The store has read its tables again and will hand the QoS 1 messages out anew.
+    /// The store has read its tables again and will hand the QoS 1 messages out anew. Its rows may be of messages
+    /// that had come further, so what has left is not known any more.
     pub fn after_store_failure(self) -> Self {
-        Carry { unacked: Vec::new(), ..self }
+        Carry { unacked: Vec::new(), may_have_left: None, ..self }
     }
 
     /// The QoS 1 messages that are still in flight.
@@ -255,7 +268,6 @@ struct Flight {
     sent: bool,
     /// The PUBREL left on this connection.
     released: bool,
-    resumed: bool,
 }
 
 #[derive(Debug)]
@@ -271,6 +283,15 @@ enum Own {
     Canary,
 }
 
+/// A message of our own that waits for room.
+#[derive(Debug)]
+struct OwnMessage {
+    topic: Topic,
+    payload: Bytes,
+    retain: bool,
+    own: Own,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     /// CONNECT is out.
@@ -283,6 +304,8 @@ enum Phase {
     Settling {
         present: bool,
     },
+    /// That the session is not ours is being committed; the next connection begins clean.
+    Replacing,
     /// SUBSCRIBE is out.
     Subscribing,
     /// The canary is tried out: does its echo come back at all?
@@ -311,7 +334,7 @@ pub struct Session {
     flights: BTreeMap<PacketId, Flight>,
     todo: VecDeque<Todo>,
     own: BTreeMap<PacketId, Own>,
-    own_waiting: VecDeque<(Topic, Bytes, bool)>,
+    own_waiting: VecDeque<OwnMessage>,
     next_id: u16,
     next_own_id: u16,
     /// Sent on this connection and not finished, presence and canary included.
@@ -328,6 +351,8 @@ pub struct Session {
     phase_in_pending: bool,
     offered: bool,
     draining: bool,
+    /// Why the connection must end, told by the next packet or tick.
+    end: Option<SessionError>,
     out: VecDeque<Packet>,
     events: Vec<Event>,
     last_in_ms: u64,
@@ -373,6 +398,7 @@ impl Session {
             phase_in_pending: false,
             offered: false,
             draining: false,
+            end: None,
             out: VecDeque::new(),
             events: Vec::new(),
             last_in_ms: now_ms,
@@ -395,7 +421,13 @@ impl Session {
         let mut unacked = unacked.into_iter().peekable();
         for item in resume {
             match item {
-                Resume::Older(record) => self.todo.push_back(Todo::Older(record)),
+                Resume::Older(record) => {
+                    // What an earlier connection found in this way was older still.
+                    while let Some(flight) = unacked.next_if(|flight| flight.send_no == 0) {
+                        self.plan(flight);
+                    }
+                    self.todo.push_back(Todo::Older(record));
+                }
                 Resume::Row { id, state, send_no, record, lane, seq } => {
                     while let Some(flight) = unacked.next_if(|flight| flight.send_no < send_no) {
                         self.plan(flight);
@@ -421,7 +453,6 @@ impl Session {
                         left,
                         sent: false,
                         released: false,
-                        resumed: true,
                     });
                 }
             }
@@ -433,11 +464,11 @@ impl Session {
 
     fn plan(&mut self, flight: Flight) {
         self.todo.push_back(Todo::Flight(flight.id));
-        self.next_id = flight.id.get().checked_add(1).unwrap_or(OWN_ID_MAX + 1);
+        self.next_id = next_after(flight.id);
         self.flights.insert(flight.id, flight);
     }
 
-    /// Whether a session the broker may hold must be discarded before this connection.
+    /// Whether CONNECT must ask for a clean start.
     pub fn clean_start(&self) -> bool {
         self.clean_start
     }
@@ -490,13 +521,13 @@ impl Session {
             }
             (true, false) if self.uncertain && self.canary_proven => {
                 self.phase = Phase::Judging { puback_ms: None };
-                self.send_canary(now_ms);
+                let canary = self.canary();
+                self.publish_own(canary, now_ms);
                 Ok(())
             }
             (true, false) => {
-                if self.uncertain && !self.flights.is_empty() {
-                    // No canary can tell: the broker is believed, and what that may cost is counted.
-                    self.count(Counted::Ambiguous, self.flights.len() as u64);
+                if self.uncertain {
+                    self.believe();
                 }
                 self.settle(Change::SessionPresent, true);
                 Ok(())
@@ -508,13 +539,35 @@ impl Session {
         if !self.clean_start {
             self.count(Counted::SessionsLost, 1);
         }
+        self.forget();
+        self.settle(Change::SessionAbsent(self.settings.on_session_loss), false);
+    }
+
+    /// The canary's echo did not come: "present" was said of a new session.
+    ///
+    /// Silence is weaker than a word. Were it the old session after all, it would hold identifiers that we give
+    /// to other messages one day, and those would be lost. So nothing is published in it: it is discarded.
+    fn replace(&mut self) {
+        self.count(Counted::SessionsLost, 1);
+        self.forget();
+        self.phase = Phase::Replacing;
+        self.phase_in_pending = true;
+        self.pending.push(Change::SessionReplaced(self.settings.on_session_loss));
+    }
+
+    fn forget(&mut self) {
         self.flights.clear();
         self.todo.clear();
         self.rx_open.clear();
         self.in_flight = self.own.values().filter(|own| !matches!(own, Own::Subscribe(_))).count();
         self.qos2_in_flight = 0;
         self.canary_proven = false;
-        self.settle(Change::SessionAbsent(self.settings.on_session_loss), false);
+    }
+
+    /// No canary can tell: the broker is believed, and what that may cost is counted.
+    fn believe(&mut self) {
+        let rows = self.flights.values().filter(|flight| flight.qos == Qos::ExactlyOnce).count();
+        self.count(Counted::Ambiguous, rows as u64);
     }
 
     fn settle(&mut self, change: Change, present: bool) {
@@ -523,32 +576,39 @@ impl Session {
         self.pending.push(change);
     }
 
-    fn send_canary(&mut self, now_ms: u64) {
+    fn canary(&self) -> OwnMessage {
         let (topic, payload) = (self.settings.canary.clone(), self.nonce.clone());
-        self.publish_own(topic, payload, false, Own::Canary, now_ms);
+        OwnMessage { topic, payload, retain: false, own: Own::Canary }
     }
 
     /// Publishes something of our own at QoS 1 (or what the broker allows), outside the store: presence,
     /// health. It waits for room like any other message, and is not repeated on another connection.
-    /// `false`: too many wait already.
+    /// `false`: too many wait already, or the broker takes none so large.
     pub fn publish_presence(&mut self, topic: Topic, payload: Bytes, retain: bool, now_ms: u64) -> bool {
-        if self.own_waiting.len() >= OWN_WAITING_MAX {
+        let bytes = publish_bytes(topic.as_str(), &payload, None);
+        if self.own_waiting.len() >= OWN_WAITING_MAX || self.is_too_large(bytes) {
             return false;
         }
-        self.own_waiting.push_back((topic, payload, retain));
+        self.own_waiting.push_back(OwnMessage { topic, payload, retain, own: Own::Presence });
         self.pump_own(now_ms);
         true
     }
 
     fn pump_own(&mut self, now_ms: u64) {
-        let unsettled = matches!(self.phase, Phase::Connack | Phase::Judging { .. } | Phase::Settling { .. });
-        while !unsettled && self.room() > 0 {
-            let Some((topic, payload, retain)) = self.own_waiting.pop_front() else { break };
-            self.publish_own(topic, payload, retain, Own::Presence, now_ms);
+        let settled = match self.phase {
+            Phase::Connack | Phase::Judging { .. } | Phase::Settling { .. } | Phase::Replacing => false,
+            Phase::Subscribing | Phase::Testing { .. } | Phase::Proving | Phase::Running | Phase::Closing => {
+                true
+            }
+        };
+        while settled && self.room() > 0 {
+            let Some(message) = self.own_waiting.pop_front() else { break };
+            self.publish_own(message, now_ms);
         }
     }
 
-    fn publish_own(&mut self, topic: Topic, payload: Bytes, retain: bool, own: Own, now_ms: u64) {
+    fn publish_own(&mut self, message: OwnMessage, now_ms: u64) {
+        let OwnMessage { topic, payload, retain, own } = message;
         let retain = retain && self.limits.retain_available != Some(false);
         let qos = Qos::AtLeastOnce.min(self.max_qos());
         let id = if qos == Qos::AtMostOnce {
@@ -619,7 +679,7 @@ impl Session {
             }
         }
         self.pump(now_ms);
-        Ok(())
+        self.end.take().map_or(Ok(()), Err)
     }
 
     fn heard(&mut self, now_ms: u64) {
@@ -632,7 +692,7 @@ impl Session {
         if let Some(own) = self.own.get(&id) {
             return match own {
                 Own::Subscribe(_) => self.count(Counted::AcksUnexpected, 1),
-                Own::Presence | Own::Canary => self.on_own_puback(id, now_ms),
+                Own::Presence | Own::Canary => self.on_own_puback(id, reason, now_ms),
             };
         }
         match self.flights.get(&id) {
@@ -647,7 +707,7 @@ impl Session {
         self.pending.push(Change::Acknowledged { lane: flight.lane, seq: flight.seq });
     }
 
-    fn on_own_puback(&mut self, id: PacketId, now_ms: u64) {
+    fn on_own_puback(&mut self, id: PacketId, reason: ReasonCode, now_ms: u64) {
         let own = self.own.remove(&id);
         self.in_flight = self.in_flight.saturating_sub(1);
         self.last_progress_ms = now_ms;
@@ -655,8 +715,24 @@ impl Session {
             return;
         }
         match &mut self.phase {
+            Phase::Testing { .. } if reason.is_error() => self.run(now_ms),
+            Phase::Judging { .. } if reason.is_error() => self.canary_refused(reason),
+            // Not even we are subscribed.
+            Phase::Judging { .. } if reason == ReasonCode::NO_MATCHING_SUBSCRIBERS => self.replace(),
             Phase::Judging { puback_ms } | Phase::Testing { puback_ms, .. } => *puback_ms = Some(now_ms),
             _ => {}
+        }
+    }
+
+    /// A canary that was not published proves nothing by its silence.
+    fn canary_refused(&mut self, reason: ReasonCode) {
+        if reason == ReasonCode::NOT_AUTHORIZED || is_hopeless(reason) {
+            self.believe();
+            self.canary_proven = false;
+            self.settle(Change::SessionPresent, true);
+            self.pending.push(Change::Canary { proven: false });
+        } else {
+            self.end = Some(SessionError::CanaryRefused(reason));
         }
     }
 
@@ -710,7 +786,9 @@ impl Session {
         let Some(flight) = self.land(id, now_ms) else { return };
         if flight.stage == Stage::Abandoned {
             self.count(Counted::Abandoned, 1);
-        } else if reason == ReasonCode::PACKET_IDENTIFIER_NOT_FOUND && flight.resumed {
+        } else if reason == ReasonCode::PACKET_IDENTIFIER_NOT_FOUND {
+            // Our earlier PUBREL did it, or the broker forgot the identifier; with a message of this connection
+            // it can only be the latter.
             self.count(Counted::Ambiguous, 1);
         }
         self.pending.push(Change::Completed(id));
@@ -742,12 +820,7 @@ impl Session {
     fn refuse(&mut self, flight: Flight, reason: ReasonCode, now_ms: u64) {
         let (lane, seq) = (flight.lane, flight.seq);
         let id = (flight.qos == Qos::ExactlyOnce).then_some(flight.id);
-        let hopeless = matches!(
-            reason,
-            ReasonCode::TOPIC_NAME_INVALID
-                | ReasonCode::PACKET_TOO_LARGE
-                | ReasonCode::PAYLOAD_FORMAT_INVALID
-        );
+        let hopeless = is_hopeless(reason);
         if self.refused.len() >= REFUSED_MAX {
             self.refused.clear();
         }
@@ -781,39 +854,38 @@ impl Session {
             return;
         }
         while let Some(todo) = self.todo.pop_front() {
-            let kept = match todo {
-                Todo::Flight(id) => self.resume(id, now_ms).map(Todo::Flight),
-                Todo::Older(record) if self.room() == 0 => Some(Todo::Older(record)),
-                Todo::Older(record) => {
-                    self.send_older(record, now_ms);
-                    None
-                }
+            let id = match todo {
+                Todo::Flight(id) => Some(id),
+                Todo::Older(record) => self.older(record),
             };
-            if let Some(todo) = kept {
-                self.todo.push_front(todo);
+            if let Some(id) = id.and_then(|id| self.resume(id, now_ms)) {
+                self.todo.push_front(Todo::Flight(id));
                 break;
             }
         }
     }
 
-    /// Sends a flight again; `Some`: there is no room for it yet.
+    /// Sends a flight, for the first time or again; `Some`: there is no room for it yet.
     fn resume(&mut self, id: PacketId, now_ms: u64) -> Option<PacketId> {
-        let (room, qos2_room) = (self.room(), self.qos2_room());
-        let max_bytes = self.limits.max_packet_bytes;
-        let flight = self.flights.get_mut(&id)?;
+        let (room, qos2_room, max_qos) = (self.room(), self.qos2_room(), self.max_qos());
+        let flight = self.flights.get(&id)?;
         match flight.stage {
             Stage::AwaitPubcomp | Stage::Abandoned => self.release(id),
             Stage::AwaitPubrec | Stage::AwaitPuback => {
                 if room == 0 || (flight.qos == Qos::ExactlyOnce && qos2_room == 0) {
                     return Some(id);
                 }
-                let Some(record) = flight.record.clone() else { return None };
-                let bytes = 15 + record.topic.as_str().len() + record.payload.len();
-                if max_bytes.is_some_and(|max| bytes > max as usize) {
-                    self.give_up_too_large(id, now_ms);
+                let record = flight.record.clone()?;
+                let dup = flight.left != Left::No;
+                let bytes = publish_bytes(record.topic.as_str(), &record.payload, record.expires_s);
+                if self.is_too_large(bytes) || (flight.qos == Qos::ExactlyOnce && flight.qos > max_qos) {
+                    self.give_up(id, now_ms);
                     return None;
                 }
-                let dup = flight.left != Left::No;
+                if max_qos == Qos::AtMostOnce {
+                    let Flight { send_no, .. } = self.flights.remove(&id)?;
+                    return self.begin_flight(Taken { id, send_no, qos: max_qos, record });
+                }
                 self.launch(id, record, dup, now_ms);
                 if dup {
                     self.count(Counted::ResentWithDup, 1);
@@ -823,9 +895,9 @@ impl Session {
         None
     }
 
-    /// A message in flight that this connection cannot carry: QoS 1 is a dead letter, QoS 2 is abandoned,
-    /// which needs its own PUBREL and PUBCOMP before the identifier is free.
-    fn give_up_too_large(&mut self, id: PacketId, now_ms: u64) {
+    /// A message in flight that this connection cannot carry, because of its size or its QoS: QoS 1 is a dead
+    /// letter, QoS 2 is abandoned, which needs its own PUBREL and PUBCOMP before the identifier is free.
+    fn give_up(&mut self, id: PacketId, now_ms: u64) {
         let Some(flight) = self.flights.get_mut(&id) else { return };
         if flight.stage == Stage::AwaitPubrec {
             flight.stage = Stage::Abandoned;
@@ -839,12 +911,13 @@ impl Session {
         }
     }
 
-    fn send_older(&mut self, record: Record, now_ms: u64) {
-        let Some(id) = self.free_ids(1).first().copied() else { return };
-        self.begin_flight(Taken { id, send_no: 0, qos: record.qos.min(self.max_qos()), record }, now_ms);
+    fn older(&mut self, record: Record) -> Option<PacketId> {
+        let id = self.free_ids(1).first().copied()?;
+        self.begin_flight(Taken { id, send_no: 0, qos: record.qos.min(self.max_qos()), record })
     }
 
-    fn begin_flight(&mut self, taken: Taken, now_ms: u64) {
+    /// A message that this process has not sent before; `None`: at QoS 0 it has left already.
+    fn begin_flight(&mut self, taken: Taken) -> Option<PacketId> {
         let Taken { id, send_no, qos, record } = taken;
         let (lane, seq) = (record.lane, record.seq);
         if qos < record.qos || (record.retain && self.limits.retain_available == Some(false)) {
@@ -854,9 +927,11 @@ impl Session {
             let retain = record.retain && self.limits.retain_available != Some(false);
             let packet = publish(record.topic, record.payload, qos, retain, None, record.expires_s);
             self.send(Packet::Publish(Box::new(packet)));
-            return self.pending.push(Change::Acknowledged { lane, seq });
+            self.pending.push(Change::Acknowledged { lane, seq });
+            return None;
         }
         let stage = if qos == Qos::ExactlyOnce { Stage::AwaitPubrec } else { Stage::AwaitPuback };
+        self.next_id = next_after(id);
         self.flights.insert(
             id,
             Flight {
@@ -866,14 +941,13 @@ impl Session {
                 send_no,
                 qos,
                 stage,
-                record: Some(record.clone()),
+                record: Some(record),
                 left: Left::No,
                 sent: false,
                 released: false,
-                resumed: false,
             },
         );
-        self.launch(id, record, false, now_ms);
+        Some(id)
     }
 
     /// Puts a PUBLISH on its way.
@@ -914,6 +988,10 @@ impl Session {
 
     fn max_qos(&self) -> Qos {
         self.limits.max_qos.and_then(|qos| Qos::from_number(u64::from(qos))).unwrap_or(Qos::ExactlyOnce)
+    }
+
+    fn is_too_large(&self, bytes: usize) -> bool {
+        self.limits.max_packet_bytes.is_some_and(|max| bytes > max as usize)
     }
 
     fn room(&self) -> usize {
@@ -1045,7 +1123,8 @@ impl Session {
 
     fn subscribe(&mut self, now_ms: u64) {
         let mut filters = vec![
-            (self.settings.canary.to_string(), Qos::AtMostOnce),
+            // A broker may drop what it sends at QoS 0, and silence would be taken for a new session.
+            (self.settings.canary.to_string(), Qos::AtLeastOnce),
             (self.settings.presence.to_string(), Qos::AtLeastOnce),
         ];
         filters.extend(self.settings.commands.iter().cloned());
@@ -1081,7 +1160,10 @@ impl Session {
             self.pending.push(Change::Canary { proven: false });
         } else if canary_granted && !self.canary_proven && self.max_qos() > Qos::AtMostOnce {
             self.phase = Phase::Testing { since_ms: now_ms, puback_ms: None };
-            self.send_canary(now_ms);
+            // Presence may have taken all the room that Receive Maximum leaves.
+            let canary = self.canary();
+            self.own_waiting.push_front(canary);
+            self.pump_own(now_ms);
         } else {
             self.run(now_ms);
         }
@@ -1115,12 +1197,14 @@ impl Session {
     }
 
     fn offer(&mut self) -> Option<Offer> {
-        // The store keeps an offer until it can hand out something, and it is not changed meanwhile: one without
-        // room for the next message, whatever that is, would stay there for ever.
+        if self.offered || self.draining || self.phase != Phase::Running || !self.todo.is_empty() {
+            return None;
+        }
         let (room, qos2_room) = (self.room(), self.qos2_room());
         let max_bytes = FLIGHT_MAX_BYTES.saturating_sub(self.flight_bytes());
-        let full = room == 0 || qos2_room == 0 || max_bytes == 0;
-        if self.offered || self.draining || self.phase != Phase::Running || !self.todo.is_empty() || full {
+        // The store keeps an offer until it can answer it: one that could not take whatever comes first would
+        // stay there for ever.
+        if room == 0 || qos2_room == 0 || max_bytes == 0 {
             return None;
         }
         self.offered = true;
@@ -1157,6 +1241,7 @@ impl Session {
                     self.subscribe(now_ms);
                 }
                 Phase::Proving => self.run(now_ms),
+                Phase::Replacing => self.end = Some(SessionError::Replaced),
                 _ => {}
             }
         }
@@ -1173,11 +1258,19 @@ impl Session {
     }
 
     /// The store answered the offer; the rows of these messages are on the disk.
+    ///
+    /// What has no room any more, because presence took it while the offer was out, waits like a resumed message.
     pub fn on_taken(&mut self, taken: Vec<Taken>, now_ms: u64) {
         self.offered = false;
-        for taken in taken {
-            self.begin_flight(taken, now_ms);
+        if let Some(last) = taken.last() {
+            // The rest of the offer was not used: the round goes on behind the last that was.
+            self.next_id = next_after(last.id);
         }
+        for taken in taken {
+            let waits = self.begin_flight(taken).map(Todo::Flight);
+            self.todo.extend(waits);
+        }
+        self.pump(now_ms);
     }
 
     // ---- time --------------------------------------------------------------------------------------------
@@ -1187,8 +1280,11 @@ impl Session {
     /// # Errors
     /// The broker is silent, or acknowledges nothing.
     pub fn tick(&mut self, now_ms: u64) -> Result<(), SessionError> {
+        if let Some(end) = self.end.take() {
+            return Err(end);
+        }
         match self.phase {
-            Phase::Judging { puback_ms: Some(at) } if now_ms >= at + ECHO_GRACE_MS => self.settle_absent(),
+            Phase::Judging { puback_ms: Some(at) } if now_ms >= at + ECHO_GRACE_MS => self.replace(),
             Phase::Testing { puback_ms: Some(at), .. } if now_ms >= at + ECHO_GRACE_MS => self.run(now_ms),
             Phase::Testing { since_ms, .. } if now_ms >= since_ms + 5 * ECHO_GRACE_MS => self.run(now_ms),
             _ => {}
@@ -1253,7 +1349,13 @@ impl Session {
     pub fn take_unsaved(&mut self) -> Vec<Change> {
         // A verdict that was not committed does not count: the next CONNACK brings its own.
         let verdict = |change: &Change| {
-            matches!(change, Change::SessionAbsent(_) | Change::SessionPresent | Change::Canary { .. })
+            matches!(
+                change,
+                Change::SessionAbsent(_)
+                    | Change::SessionReplaced(_)
+                    | Change::SessionPresent
+                    | Change::Canary { .. }
+            )
         };
         std::mem::take(&mut self.pending).into_iter().filter(|change| !verdict(change)).collect()
     }
@@ -1266,7 +1368,7 @@ impl Session {
             .flights
             .into_values()
             .filter(|flight| flight.stage == Stage::AwaitPuback)
-            .map(|flight| Flight { sent: false, resumed: true, ..flight })
+            .map(|flight| Flight { sent: false, ..flight })
             .collect();
         unacked.sort_by_key(|flight| flight.send_no);
         Carry { unacked, may_have_left, refused: self.refused }
@@ -1300,6 +1402,19 @@ impl Session {
             self.events.push(Event::Count(what, n));
         }
     }
+}
+
+/// Reason codes that no waiting changes.
+fn is_hopeless(reason: ReasonCode) -> bool {
+    matches!(
+        reason,
+        ReasonCode::TOPIC_NAME_INVALID | ReasonCode::PACKET_TOO_LARGE | ReasonCode::PAYLOAD_FORMAT_INVALID
+    )
+}
+
+/// Messages' identifiers go round above our own.
+fn next_after(id: PacketId) -> u16 {
+    id.get().checked_add(1).unwrap_or(OWN_ID_MAX + 1)
 }
 
 fn publish(

@@ -5,8 +5,10 @@
 //! crate that includes it uses a part of it, hence the `allow`s.
 #![allow(dead_code, unreachable_pub, unused_imports)]
 
+pub mod agent;
 pub mod broker;
 pub mod mosquitto;
+pub mod producer;
 pub mod proxy;
 
 use std::io;

@@ -7,7 +7,7 @@
 
 use super::wait_until;
 use rustix::process::{Pid, Signal, kill_process};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -192,6 +192,11 @@ impl Mosquitto {
 
 impl Drop for Mosquitto {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            let log = self.log();
+            let lines: Vec<&str> = log.lines().collect();
+            eprintln!("mosquitto's log ends so:\n{}", lines[lines.len().saturating_sub(60)..].join("\n"));
+        }
         self.end(Signal::KILL);
     }
 }
@@ -236,6 +241,8 @@ pub struct LoggedPublish {
     pub bytes: usize,
     /// At QoS 2 whether its id was not held; always true otherwise.
     pub first_time: bool,
+    /// At QoS 2 whether its PUBREL came, which is when mosquitto hands it on; always true otherwise.
+    pub handed_on: bool,
 }
 
 /// What a log says mosquitto received, in order.
@@ -247,20 +254,30 @@ pub struct LogCount {
 
 impl LogCount {
     /// Reads a log written with `log_type all`. A packet id is held from a PUBLISH at QoS 2 until PUBCOMP was
-    /// sent, a PUBREC refused it, or the client connected with a clean session.
+    /// sent, a PUBREC refused it, or the client was told that it has a new session.
     pub fn read(log: &str) -> LogCount {
-        let mut held: BTreeMap<String, BTreeSet<u16>> = BTreeMap::new();
+        // Which of the publishes a held id belongs to.
+        let mut held: BTreeMap<String, BTreeMap<u16, usize>> = BTreeMap::new();
         let mut count = LogCount::default();
         for line in log.lines() {
             // "1700000000: Received PUBLISH from ..."
             let text = line.split_once(": ").map_or(line, |(_, text)| text);
             if let Some(mut publish) = LoggedPublish::parse(text) {
                 let ids = held.entry(publish.client_id.clone()).or_default();
-                publish.first_time = publish.qos < 2 || ids.insert(publish.id);
+                publish.first_time = publish.qos < 2 || !ids.contains_key(&publish.id);
+                publish.handed_on = publish.qos < 2;
+                if publish.qos == 2 && publish.first_time {
+                    ids.insert(publish.id, count.publishes.len());
+                }
                 count.publishes.push(publish);
+            } else if let Some((client_id, id)) = released(text) {
+                let publish = held.get(client_id).and_then(|ids| ids.get(&id));
+                if let Some(publish) = publish.and_then(|index| count.publishes.get_mut(*index)) {
+                    publish.handed_on = true;
+                }
             } else if let Some((client_id, id)) = freed(text) {
                 held.entry(client_id).or_default().remove(&id);
-            } else if let Some(client_id) = clean_start(text) {
+            } else if let Some(client_id) = new_session(text) {
                 held.remove(client_id);
             }
         }
@@ -287,7 +304,8 @@ impl LoggedPublish {
         let id = flags.next()?.strip_prefix('m')?.parse().ok()?;
         let bytes = rest.rsplit_once('(')?.1.split(' ').next()?.parse().ok()?;
         let (client_id, topic) = (client_id.to_owned(), topic.to_owned());
-        Some(LoggedPublish { client_id, dup, qos, retain, id, topic, bytes, first_time: true })
+        let (first_time, handed_on) = (true, true);
+        Some(LoggedPublish { client_id, dup, qos, retain, id, topic, bytes, first_time, handed_on })
     }
 }
 
@@ -302,11 +320,16 @@ fn freed(text: &str) -> Option<(String, u16)> {
     (completed.is_some() || code >= 0x80).then(|| (client_id.to_owned(), id))
 }
 
-/// `New client connected from 127.0.0.1:40000 as CLIENT (p2, c1, k60).`
-fn clean_start(text: &str) -> Option<&str> {
-    let (_, rest) = text.strip_prefix("New client connected from ")?.split_once(" as ")?;
-    let (client_id, flags) = rest.rsplit_once(" (p")?;
-    flags.contains(", c1,").then_some(client_id)
+/// `Received PUBREL from CLIENT (Mid: 7)`
+fn released(text: &str) -> Option<(&str, u16)> {
+    let (client_id, rest) = text.strip_prefix("Received PUBREL from ")?.rsplit_once(" (Mid: ")?;
+    Some((client_id, rest.trim_end_matches(')').parse().ok()?))
+}
+
+/// `Sending CONNACK to CLIENT (0, 0)`: no session present, success. A broker that lost the session says so here,
+/// and one that was asked for a clean start.
+fn new_session(text: &str) -> Option<&str> {
+    text.strip_prefix("Sending CONNACK to ")?.strip_suffix(" (0, 0)")
 }
 
 /// Runs `mosquitto_pub` against a port of 127.0.0.1 to its end. Panics, with its messages, if it fails.
