@@ -117,9 +117,12 @@ impl Reporter {
                 tell(reply, answer);
             }
             Ask::Publish(message) => {
-                let (store, stats) = (self.store.clone(), Arc::clone(&self.stats));
+                let stats = Arc::clone(&self.stats);
+                // In the order of the requests (P4); only their commits are awaited together.
+                let handed_in = self.store.hand_in(vec![message]).await;
                 return Some(Box::pin(async move {
-                    let answer = match store.append(vec![message]).await {
+                    let settled = async { handed_in?.settled().await };
+                    let answer = match settled.await {
                         Ok(_) => Answer::Accepted {},
                         Err(refusal) => {
                             stats.messages_not_accepted.increment();

@@ -35,7 +35,6 @@ pub async fn run(
     stats: Arc<Stats>,
 ) {
     let mut desk = Desk { policy, qos0, stats, outstanding: 0, refused: 0 };
-    // First come, first polled: appends reach the store in the order they are pushed here (P4).
     let mut appends = FuturesUnordered::new();
     loop {
         let event = tokio::select! {
@@ -45,8 +44,10 @@ pub async fn run(
                 None => break,
             },
         };
-        if let Some(batch) = desk.handle(event) {
-            appends.push(append(&store, batch));
+        if let Some(Batch { messages, points }) = desk.handle(event) {
+            // In the order of the readings (P4); only their commits are awaited together.
+            let handed_in = store.hand_in(messages).await;
+            appends.push(settled(handed_in, points));
         }
     }
     while let Some((points, outcome)) = appends.next().await {
@@ -54,9 +55,12 @@ pub async fn run(
     }
 }
 
-async fn append(store: &store::Handle, batch: Batch) -> (Vec<Vec<PointIndex>>, Result<(), String>) {
-    let outcome = store.append(batch.messages).await;
-    (batch.points, outcome.map(drop).map_err(|error| error.to_string()))
+async fn settled(
+    handed_in: Result<store::HandedIn, store::NotAccepted>,
+    points: Vec<Vec<PointIndex>>,
+) -> (Vec<Vec<PointIndex>>, Result<(), String>) {
+    let outcome = async { handed_in?.settled().await }.await;
+    (points, outcome.map(drop).map_err(|error| error.to_string()))
 }
 
 /// Everything that happens here.

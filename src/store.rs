@@ -29,7 +29,7 @@ use database::{Database, sqlite_error};
 pub use outbox::LaneDepth;
 pub use salvage::Damage;
 pub use session::Settled;
-pub use thread::{Accepted, Handle, NotAccepted, Turn, Turned, spawn};
+pub use thread::{Accepted, HandedIn, Handle, NotAccepted, Turn, Turned, spawn};
 
 /// A file kept full of nothing, given up when the disk is full: even DELETE needs space.
 const RESERVE_BYTES: u64 = 4 << 20;

@@ -103,6 +103,8 @@ const PUBREC: u8 = 0x50;
 const PUBREL: u8 = 0x62;
 const PUBCOMP: u8 = 0x70;
 const DISCONNECT: [u8; 2] = [0xe0, 0];
+/// No bytes.
+const NOTHING: [u8; 0] = [];
 
 /// A broker, a clock, and what came out of it.
 struct Bench {
@@ -200,7 +202,7 @@ fn each_qos_is_answered_as_the_clause_says() {
     for version in BOTH {
         let mut bench = Bench::new(Broker::new());
         let conn = bench.client(version, "c", true);
-        assert_eq!(bench.say(conn, &publish(version, QOS0, 0, "a", "0")), []);
+        assert_eq!(bench.say(conn, &publish(version, QOS0, 0, "a", "0")), NOTHING);
         assert_eq!(bench.say(conn, &publish(version, QOS1, 7, "a", "1")), ack(PUBACK, 7));
         assert_eq!(bench.say(conn, &publish(version, QOS2, 8, "a", "2")), ack(PUBREC, 8));
         assert_eq!(bench.say(conn, &ack(PUBREL, 8)), ack(PUBCOMP, 8));
@@ -404,7 +406,7 @@ fn a_qos_2_message_is_taken_once_however_often_the_connection_breaks() {
             assert_eq!(bench.say(conn, &publish(version, first, 5, "a", "x")), ack(PUBREC, 5));
             bench.lose(conn);
         }
-        assert_eq!(bench.take(subscriber), [], "handed on at PUBREL");
+        assert_eq!(bench.take(subscriber), NOTHING, "handed on at PUBREL");
         assert!(!bench.broker.received()[0].onward);
         for _ in 0..2 {
             let conn = bench.client(version, "c", false);
@@ -436,7 +438,7 @@ fn method_b_hands_on_at_publish() {
     bench.say(conn, &publish(Version::V311, QOS2, 5, "a", "x"));
     assert_eq!(bench.take(subscriber), publish(Version::V311, QOS2, 1, "a", "x"));
     bench.say(conn, &ack(PUBREL, 5));
-    assert_eq!(bench.take(subscriber), []);
+    assert_eq!(bench.take(subscriber), NOTHING);
 }
 
 #[test]
@@ -586,7 +588,7 @@ fn silence_of_one_and_a_half_keep_alives_ends_the_connection() {
         bench.pass(10_000);
         bench.say(conn, &[0xc0, 0]);
         bench.pass(14_999);
-        assert_eq!(bench.closed, []);
+        assert!(bench.closed.is_empty(), "{:?}", bench.closed);
         assert_eq!(bench.broker.next_deadline(), Some(bench.now_ms + 1));
         bench.pass(1);
         assert_eq!(bench.closed, [conn]);
@@ -775,10 +777,10 @@ fn a_connect_is_refused_left_unanswered_or_closed_as_scripted() {
             packet(0x20, &[&[0, 0x87], properties].concat())
         );
         let mute = bench.open();
-        assert_eq!(bench.say(mute, &connect(version, "c", true)), []);
-        assert_eq!(bench.say(mute, &[0xc0, 0]), []);
+        assert_eq!(bench.say(mute, &connect(version, "c", true)), NOTHING);
+        assert_eq!(bench.say(mute, &[0xc0, 0]), NOTHING);
         let cut = bench.open();
-        assert_eq!(bench.say(cut, &connect(version, "c", true)), []);
+        assert_eq!(bench.say(cut, &connect(version, "c", true)), NOTHING);
         assert_eq!(bench.closed, [refused, cut]);
         bench.client(version, "c", true);
         let codes: Vec<_> = bench.broker.connects().iter().map(|c| c.answer).collect();
@@ -841,7 +843,7 @@ fn an_oversize_packet_closes_a_3_1_1_connection_without_an_accusation() {
         Bench::new(Broker::with_limits(Limits { maximum_packet_size: Some(64), ..Limits::default() }));
     let conn = bench.client(Version::V311, "c", true);
     // The fixed header alone is enough.
-    assert_eq!(bench.say(conn, &[0x30, 64]), []);
+    assert_eq!(bench.say(conn, &[0x30, 64]), NOTHING);
     assert_eq!(bench.closed, [conn]);
     bench.no_violations();
 }
@@ -852,7 +854,7 @@ fn a_living_connection_survives_the_loss_of_its_session() {
     let conn = bench.subscriber(Version::V5, "c");
     bench.broker.forget_session("c");
     bench.broker.publish(&Message::new("a", "x", 0));
-    assert_eq!(bench.take(conn), []);
+    assert_eq!(bench.take(conn), NOTHING);
     assert_eq!(bench.say(conn, &publish(Version::V5, QOS1, 1, "a", "x")), ack(PUBACK, 1));
 }
 
@@ -862,12 +864,12 @@ fn acknowledgements_are_withheld_delayed_doubled_or_replaced() {
         let mut bench = Bench::new(Broker::new());
         let conn = bench.client(version, "c", true);
         bench.broker.script.withhold.insert(Kind::Puback);
-        assert_eq!(bench.say(conn, &publish(version, QOS1, 1, "a", "")), []);
+        assert_eq!(bench.say(conn, &publish(version, QOS1, 1, "a", "")), NOTHING);
         bench.broker.script.withhold.clear();
         bench.broker.script.delay_ms.insert(Kind::Puback, 50);
-        assert_eq!(bench.say(conn, &publish(version, QOS1, 2, "a", "")), []);
+        assert_eq!(bench.say(conn, &publish(version, QOS1, 2, "a", "")), NOTHING);
         bench.pass(49);
-        assert_eq!(bench.take(conn), []);
+        assert_eq!(bench.take(conn), NOTHING);
         bench.pass(1);
         assert_eq!(bench.take(conn), ack(PUBACK, 2));
         bench.broker.script.delay_ms.clear();
@@ -887,9 +889,9 @@ fn a_late_connack_holds_back_what_the_session_sends() {
     let mut bench = Bench::new(Broker::new());
     bench.broker.script.delay_ms.insert(Kind::Connack, 100);
     let conn = bench.open();
-    assert_eq!(bench.say(conn, &connect(Version::V311, "c", false)), []);
+    assert_eq!(bench.say(conn, &connect(Version::V311, "c", false)), NOTHING);
     bench.broker.deliver("c", Message::new("a", "x", 1));
-    assert_eq!(bench.take(conn), []);
+    assert_eq!(bench.take(conn), NOTHING);
     bench.pass(100);
     assert_eq!(bench.take(conn), [vec![0x20, 2, 0, 0], publish(Version::V311, QOS1, 1, "a", "x")].concat());
 }
@@ -954,7 +956,7 @@ fn rights_are_denied_aloud_on_5_0_and_in_silence_on_3_1_1() {
         assert_eq!(bench.say(conn, &subscribe(version, "secret/x", 1)).last(), Some(&suback));
         bench.say(conn, &subscribe(version, "hidden", 1));
         bench.broker.publish(&Message::new("hidden", "x", 1).retained());
-        assert_eq!(bench.take(conn), []);
+        assert_eq!(bench.take(conn), NOTHING);
         assert!(bench.broker.received().is_empty());
     }
 }
@@ -1009,7 +1011,7 @@ fn any_bytes_are_sent_at_connect_or_on_demand() {
     assert!(bench.broker.send_raw("c", &[9, 9]));
     assert_eq!(bench.take(conn), [9, 9]);
     assert!(bench.broker.disconnect("c", 0x8b));
-    assert_eq!(bench.take(conn), [], "3.1.1 has no DISCONNECT from a server");
+    assert_eq!(bench.take(conn), NOTHING, "3.1.1 has no DISCONNECT from a server");
     assert_eq!(bench.closed, [conn]);
     assert!(!bench.broker.send_raw("c", &[9]));
 }
@@ -1025,7 +1027,7 @@ fn a_message_is_delivered_and_repeated_with_its_id_on_demand() {
         assert_eq!(bench.take(conn), publish(version, QOS2 | DUP, 1, "cmd", "x"));
         assert_eq!(bench.say(conn, &ack(PUBREC, 1)), ack(PUBREL, 1));
         assert_eq!(bench.say(conn, &ack(PUBREC, 1)), ack(PUBREL, 1), "a second PUBREC for the repeat");
-        assert_eq!(bench.say(conn, &ack(PUBCOMP, 1)), []);
+        assert_eq!(bench.say(conn, &ack(PUBCOMP, 1)), NOTHING);
         assert_eq!(bench.broker.unfinished("c"), 0);
         assert!(bench.broker.deliver_as("c", 1, false, Message::new("cmd", "y", 1)));
         assert_eq!(bench.take(conn), publish(version, QOS1, 1, "cmd", "y"));
@@ -1073,9 +1075,9 @@ fn subscription_options_of_5_0_are_obeyed() {
     let conn = bench.client(Version::V5, "c", true);
     // No Local, Retain As Published, Retain Handling 2.
     bench.say(conn, &subscribe(Version::V5, "a", 0x04 | 0x08 | 0x20));
-    assert_eq!(bench.take(conn), []);
+    assert_eq!(bench.take(conn), NOTHING);
     bench.say(conn, &publish(Version::V5, QOS0, 0, "a", "own"));
-    assert_eq!(bench.take(conn), []);
+    assert_eq!(bench.take(conn), NOTHING);
     bench.broker.publish(&Message::new("a", "new", 0).retained());
     assert_eq!(bench.take(conn), publish(Version::V5, QOS0 | RETAIN, 0, "a", "new"));
     let granted: Vec<&Request> =
@@ -1272,13 +1274,13 @@ fn the_mosquitto_log_tells_first_times_from_repeats() {
     let count = LogCount::read(log);
     assert_eq!(
         count.publishes.iter().map(|p| p.first_time).collect::<Vec<_>>(),
-        [true, true, false, true, true, true, true]
+        [true, true, false, true, false, true, true]
     );
     assert_eq!(
         count.publishes.iter().map(|p| p.handed_on).collect::<Vec<_>>(),
         [true, true, false, false, false, false, false]
     );
-    assert_eq!((count.first_time("#"), count.first_time("a/b"), count.publishes[1].bytes), (6, 2, 200));
+    assert_eq!((count.first_time("#"), count.first_time("a/b"), count.publishes[1].bytes), (5, 2, 200));
     assert_eq!((count.publishes[0].topic.as_str(), count.publishes[0].retain), ("it''s", true));
     assert_eq!(count.publishes[2].client_id, "gate (way)");
 }

@@ -160,7 +160,7 @@ fn survivors(name: &str, spoil: impl Fn(&mut Vec<u8>)) -> usize {
     let look = store.look(clock::now()).unwrap();
     let dropped: u64 = look.dropped.iter().map(|(_, _, count)| count).sum();
     let damage = look.damage.as_ref().map(|damage| (damage.salvaged, damage.lost));
-    if kept.len() > 0 {
+    if !kept.is_empty() {
         assert_eq!(kept.len() as u64 + dropped, 2990, "{name}: what is not kept is counted");
     }
     println!("{name}: {} of 2990 kept, {dropped} counted as dropped, salvage {damage:?}", kept.len());

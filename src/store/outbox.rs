@@ -408,7 +408,10 @@ impl Outbox {
         now: Stamp,
     ) -> Sql<Option<(Entry, Option<u32>)>> {
         let queue = self.lane(lane);
-        if !queue.loaded_holds(seq) && !(queue.load(db, lane, seq)? && queue.loaded_holds(seq)) {
+        if !queue.loaded_holds(seq) {
+            queue.load(db, lane, seq)?;
+        }
+        if !queue.loaded_holds(seq) {
             queue.pass(seq);
             return Ok(None);
         }

@@ -101,6 +101,22 @@ pub enum Turned {
     Failed(Arc<StoreError>),
 }
 
+/// Messages that are on their way into the store.
+#[derive(Debug)]
+pub struct HandedIn {
+    answer: oneshot::Receiver<Result<Accepted, NotAccepted>>,
+}
+
+impl HandedIn {
+    /// Resolves once the messages are durable, or with the reason why none of them was stored.
+    ///
+    /// # Errors
+    /// [`NotAccepted`].
+    pub async fn settled(self) -> Result<Accepted, NotAccepted> {
+        self.answer.await.unwrap_or(Err(NotAccepted::Stopping))
+    }
+}
+
 enum Request {
     Append {
         append: Append,
@@ -143,7 +159,17 @@ impl Handle {
     /// # Errors
     /// [`NotAccepted`].
     pub async fn append(&self, messages: Vec<Message>) -> Result<Accepted, NotAccepted> {
-        self.append_all(Append { messages, closes: Vec::new() }).await
+        self.hand_in(messages).await?.settled().await
+    }
+
+    /// The first half of [`Handle::append`]: when it resolves, the messages have their place in the order. Whoever
+    /// has several appends under way awaits this half of each in turn. (Polled together, as futures of one task,
+    /// they may reach the store in any order: a budget that is used up or a full channel sends some back.)
+    ///
+    /// # Errors
+    /// [`NotAccepted::Stopping`].
+    pub async fn hand_in(&self, messages: Vec<Message>) -> Result<HandedIn, NotAccepted> {
+        self.send(Append { messages, closes: Vec::new() }).await
     }
 
     /// Like [`Handle::append`], for messages that tell of gaps and close them.
@@ -155,14 +181,14 @@ impl Handle {
         messages: Vec<Message>,
         closes: Vec<Gap>,
     ) -> Result<Accepted, NotAccepted> {
-        self.append_all(Append { messages, closes }).await
+        self.send(Append { messages, closes }).await?.settled().await
     }
 
-    async fn append_all(&self, append: Append) -> Result<Accepted, NotAccepted> {
+    async fn send(&self, append: Append) -> Result<HandedIn, NotAccepted> {
         let (reply, answer) = oneshot::channel();
         let request = Request::Append { append, reply };
         self.requests.send(request).await.map_err(|_| NotAccepted::Stopping)?;
-        answer.await.unwrap_or(Err(NotAccepted::Stopping))
+        Ok(HandedIn { answer })
     }
 
     /// Hands a turn over; its outcome comes through the channel given to [`Handle::begin`].

@@ -610,7 +610,9 @@ impl Session {
     fn publish_own(&mut self, message: OwnMessage, now_ms: u64) {
         let OwnMessage { topic, payload, retain, own } = message;
         let retain = retain && self.limits.retain_available != Some(false);
-        let qos = Qos::AtLeastOnce.min(self.max_qos());
+        // In a window of one there is no place to leave free for it.
+        let canary_in_one = own == Own::Canary && self.window() == 1;
+        let qos = if canary_in_one { Qos::AtMostOnce } else { Qos::AtLeastOnce.min(self.max_qos()) };
         let id = if qos == Qos::AtMostOnce {
             None
         } else {
@@ -994,13 +996,21 @@ impl Session {
         self.limits.max_packet_bytes.is_some_and(|max| bytes > max as usize)
     }
 
-    fn room(&self) -> usize {
-        let limit = self.settings.max_in_flight.min(self.limits.receive_max.unwrap_or(u16::MAX));
-        usize::from(limit).saturating_sub(self.in_flight)
+    fn window(&self) -> u16 {
+        self.settings.max_in_flight.min(self.limits.receive_max.unwrap_or(u16::MAX))
     }
 
+    fn room(&self) -> usize {
+        usize::from(self.window()).saturating_sub(self.in_flight)
+    }
+
+    /// QoS 2 leaves one place of the window free. mosquitto counts what it holds from the last connection against
+    /// a new one: were that all of the window, it would refuse the canary and presence with 0x97, and on 3.1.1,
+    /// where PUBACK carries no reason, throw them and every QoS 1 message away in silence.
     fn qos2_room(&self) -> usize {
-        usize::from(self.settings.qos2_window).saturating_sub(self.qos2_in_flight).min(self.room())
+        let window = usize::from(self.settings.qos2_window.min(self.window()));
+        let window = window.saturating_sub(1).max(1);
+        window.saturating_sub(self.qos2_in_flight).min(self.room())
     }
 
     fn flight_bytes(&self) -> usize {

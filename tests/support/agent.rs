@@ -30,9 +30,10 @@ const COMMIT_STALL_VARIABLE: &str = "FIELDPOST_TEST_AGENT_COMMIT_STALL_MS";
 
 /// The binary under test; only integration tests are told where it is.
 pub fn binary() -> PathBuf {
-    PathBuf::from(
-        option_env!("CARGO_BIN_EXE_fieldpost").expect("integration tests are built with the binary"),
-    )
+    match option_env!("CARGO_BIN_EXE_fieldpost") {
+        Some(path) => PathBuf::from(path),
+        None => panic!("only integration tests are built with the binary"),
+    }
 }
 
 /// Runs `fieldpost` with these arguments to its end.
@@ -332,6 +333,7 @@ impl Drop for Agent {
     fn drop(&mut self) {
         if std::thread::panicking() {
             eprintln!("the agent's log ends so:\n{}", self.tail());
+            super::keep(&mut self.dir);
         }
         self.kill_9();
     }

@@ -5,6 +5,7 @@
 //! crate that includes it uses a part of it, hence the `allow`s.
 #![allow(dead_code, unreachable_pub, unused_imports)]
 
+pub mod aedes;
 pub mod agent;
 pub mod broker;
 pub mod mosquitto;
@@ -31,6 +32,14 @@ pub fn listen() -> io::Result<TcpListener> {
     let listener = result?;
     listener.set_nonblocking(true)?;
     Ok(listener)
+}
+
+/// Keeps a failed test's files for whoever has set FIELDPOST_TEST_KEEP, and says where they are.
+fn keep(dir: &mut tempfile::TempDir) {
+    if std::env::var_os("FIELDPOST_TEST_KEEP").is_some() {
+        eprintln!("its files are in {}", dir.path().display());
+        dir.disable_cleanup(true);
+    }
 }
 
 /// How often a condition is looked at.

@@ -196,6 +196,7 @@ impl Drop for Mosquitto {
             let log = self.log();
             let lines: Vec<&str> = log.lines().collect();
             eprintln!("mosquitto's log ends so:\n{}", lines[lines.len().saturating_sub(60)..].join("\n"));
+            super::keep(&mut self.dir);
         }
         self.end(Signal::KILL);
     }
@@ -239,9 +240,10 @@ pub struct LoggedPublish {
     pub topic: String,
     /// Payload length in bytes.
     pub bytes: usize,
-    /// At QoS 2 whether its id was not held; always true otherwise.
+    /// Whether mosquitto took it: at QoS 2 its id was not held, and its acknowledgement did not refuse it. On 3.1.1
+    /// only the log tells of a refusal; to the client the message counts as delivered, and is lost.
     pub first_time: bool,
-    /// At QoS 2 whether its PUBREL came, which is when mosquitto hands it on; always true otherwise.
+    /// At QoS 2 whether its PUBREL came, which is when mosquitto hands it on; otherwise as `first_time`.
     pub handed_on: bool,
 }
 
@@ -275,8 +277,14 @@ impl LogCount {
                 if let Some(publish) = publish.and_then(|index| count.publishes.get_mut(*index)) {
                     publish.handed_on = true;
                 }
-            } else if let Some((client_id, id)) = freed(text) {
-                held.entry(client_id).or_default().remove(&id);
+            } else if let Some((client_id, id)) = completed(text) {
+                held.entry(client_id.to_owned()).or_default().remove(&id);
+            } else if let Some((client_id, id)) = refused(text) {
+                held.entry(client_id.to_owned()).or_default().remove(&id);
+                let last = |p: &&mut LoggedPublish| (p.client_id.as_str(), p.id) == (client_id, id);
+                if let Some(publish) = count.publishes.iter_mut().rev().find(last) {
+                    (publish.first_time, publish.handed_on) = (false, false);
+                }
             } else if let Some(client_id) = new_session(text) {
                 held.remove(client_id);
             }
@@ -309,15 +317,19 @@ impl LoggedPublish {
     }
 }
 
-/// `Sending PUBCOMP to CLIENT (m7)`, or `Sending PUBREC to CLIENT (m7, rc151)` with a failure code.
-fn freed(text: &str) -> Option<(String, u16)> {
-    let completed = text.strip_prefix("Sending PUBCOMP to ");
-    let refused = text.strip_prefix("Sending PUBREC to ");
-    let (client_id, rest) = completed.or(refused)?.rsplit_once(" (m")?;
-    let mut fields = rest.trim_end_matches(')').split(", rc");
-    let id = fields.next()?.parse().ok()?;
-    let code: u8 = fields.next().and_then(|code| code.parse().ok()).unwrap_or(0);
-    (completed.is_some() || code >= 0x80).then(|| (client_id.to_owned(), id))
+/// `Sending PUBCOMP to CLIENT (m7)`
+fn completed(text: &str) -> Option<(&str, u16)> {
+    let (client_id, rest) = text.strip_prefix("Sending PUBCOMP to ")?.rsplit_once(" (m")?;
+    Some((client_id, rest.trim_end_matches(')').parse().ok()?))
+}
+
+/// `Sending PUBREC to CLIENT (m7, rc151)` with a failure code, or PUBACK
+fn refused(text: &str) -> Option<(&str, u16)> {
+    let rest = text.strip_prefix("Sending PUBREC to ").or_else(|| text.strip_prefix("Sending PUBACK to "))?;
+    let (client_id, rest) = rest.rsplit_once(" (m")?;
+    let (id, code) = rest.trim_end_matches(')').split_once(", rc")?;
+    let code: u8 = code.parse().ok()?;
+    Some((client_id, id.parse().ok()?)).filter(|_| code >= 0x80)
 }
 
 /// `Received PUBREL from CLIENT (Mid: 7)`

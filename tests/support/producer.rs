@@ -139,7 +139,7 @@ fn converse(
 }
 
 /// What the broker has of it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Outcome {
     /// Messages the agent accepted.
     pub accepted: u64,
@@ -153,7 +153,12 @@ pub struct Outcome {
     pub out_of_order: u64,
     /// Messages nobody handed in.
     pub strange: u64,
+    /// The first few things that went wrong, in words.
+    pub details: Vec<String>,
 }
+
+/// Things that went wrong and are told in words.
+const DETAILS: usize = 10;
 
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -180,21 +185,35 @@ impl Outcome {
         for number in received.filter_map(|(topic, bytes)| number(topic, bytes)) {
             let times = times.entry(number).or_default();
             *times += 1;
-            outcome.duplicates += u64::from(*times > 1);
-            outcome.out_of_order += u64::from(*times == 1 && latest > Some(number));
+            if *times > 1 {
+                outcome.duplicates += 1;
+                outcome.detail(format!("{number} again"));
+            } else if let Some(latest) = latest.filter(|latest| *latest > number) {
+                outcome.out_of_order += 1;
+                outcome.detail(format!("{number} after {latest}"));
+            }
             latest = latest.max(Some(number));
         }
         let known = |n: &u64| produced.accepted.contains(n) || produced.unknown.contains(n);
         outcome.delivered = times.len() as u64;
         outcome.strange = times.keys().filter(|n| !known(n)).count() as u64;
-        outcome.lost = produced.accepted.iter().filter(|n| !times.contains_key(n)).count() as u64;
+        for lost in produced.accepted.iter().filter(|n| !times.contains_key(n)) {
+            outcome.lost += 1;
+            outcome.detail(format!("{lost} lost"));
+        }
         outcome
+    }
+
+    fn detail(&mut self, words: String) {
+        if self.details.len() < DETAILS {
+            self.details.push(words);
+        }
     }
 
     /// Panics unless every accepted message arrived once, and in order.
     pub fn assert_exactly_once(&self) {
-        let Outcome { lost, duplicates, out_of_order, strange, .. } = *self;
-        assert_eq!((lost, duplicates, out_of_order, strange), (0, 0, 0, 0), "{self}");
+        let Outcome { lost, duplicates, out_of_order, strange, details, .. } = self;
+        assert_eq!((*lost, *duplicates, *out_of_order, *strange), (0, 0, 0, 0), "{self} {details:?}");
     }
 }
 
@@ -209,8 +228,10 @@ mod tests {
         let received =
             [("n/0", 20), ("n/0", 22), ("n/0", 21), ("n/0", 22), ("n/0", 24), ("n/7", 20), ("x", 20)];
         let outcome = Outcome::of(&produced, received.into_iter());
+        let details = ["1 after 2", "2 again", "102 lost"].map(str::to_owned).into();
+        let (lost, duplicates, out_of_order, strange) = (1, 1, 1, 1);
         let expected =
-            Outcome { accepted: 4, delivered: 5, lost: 1, duplicates: 1, out_of_order: 1, strange: 1 };
+            Outcome { accepted: 4, delivered: 5, lost, duplicates, out_of_order, strange, details };
         assert_eq!(outcome, expected);
     }
 }
