@@ -366,12 +366,13 @@ impl Store {
     /// could not be read or synced is closed and opened anew, because what the system's cache holds of it may
     /// not be what the disk holds; a damaged one is replaced; a full disk gets the reserve.
     fn recover(&mut self, source: rusqlite::Error) -> StoreError {
+        let io_failed = database::is_io_failure(&source);
         let error = sqlite_error(&self.settings.path, source);
         self.trouble = Some(error.to_string());
         if matches!(error, StoreError::DiskFull { .. }) {
             give_up_reserve(&self.settings.path);
         }
-        let in_place = matches!(error, StoreError::DiskFull { .. } | StoreError::InUse { .. });
+        let in_place = !io_failed && !matches!(error, StoreError::Damaged { .. });
         let reloaded = in_place && self.database.as_mut().is_some_and(|database| database.reload().is_ok());
         if !reloaded {
             // Closed before it is opened again: SQLite removes the log by its name when it closes.

@@ -108,8 +108,13 @@ pub enum Change {
         /// The echo was seen.
         proven: bool,
     },
-    /// An inbound message at QoS 1 to remember before PUBACK.
-    Inbound(Inbound),
+    /// An inbound message at QoS 0 or 1 to remember before PUBACK.
+    Inbound {
+        /// Its Packet Identifier, at QoS 1.
+        id: Option<PacketId>,
+        /// The message.
+        inbound: Inbound,
+    },
     /// An inbound message at QoS 2 to remember before PUBREC, together with its identifier and content hash.
     InboundOpened {
         /// Its Packet Identifier.

@@ -4,12 +4,28 @@
 
 mod support;
 
+#[path = "session/desk.rs"]
+mod desk;
+#[path = "session/inbound.rs"]
+mod inbound;
+#[path = "session/liveness.rs"]
+mod liveness;
+#[path = "session/loss.rs"]
+mod loss;
+#[path = "session/order.rs"]
+mod order;
 #[path = "session/random.rs"]
 mod random;
+#[path = "session/refusals.rs"]
+mod refusals;
+#[path = "session/resume.rs"]
+mod resume;
 #[path = "session/world.rs"]
 mod world;
 
-use random::{Faults, Run, first_complaint, protocol_of, seeds};
+use fieldpost::uplink::packet::Protocol;
+use fieldpost::uplink::session::Counted;
+use random::{Faults, Run, complains, overtakers, protocol_of, seeds};
 use support::broker::Onward;
 use world::{Plan, Sabotage};
 
@@ -95,29 +111,71 @@ fn sabotaged(seed: u64, sabotage: Sabotage, faults: Faults) -> Run {
 }
 
 #[test]
-fn the_box_notices_a_pubrel_that_leaves_before_its_commit() {
-    let complaint = first_complaint(300, |seed| {
-        let mut run = sabotaged(seed, Sabotage::No, HONEST);
-        run.plan.settings.break_pubrel_order = true;
-        run
-    });
-    assert!(complaint.as_ref().is_some_and(|complaint| complaint.starts_with("DUPLICATE")), "{complaint:?}");
+fn what_overtakes_a_refused_message_was_in_flight_and_is_counted() {
+    for seed in 0..100 {
+        let faults = Faults { refusals: 30, ..Faults::default() };
+        let mut plan = plan(seed);
+        plan.protocol = Protocol::V5;
+        plan.settings.protocol = Protocol::V5;
+        let (mut world, result) = random::run(&Run { plan, faults, steps: 200 }, seed, false);
+        assert_eq!(result, Ok(()), "seed {seed}");
+        let overtakers = overtakers(&world);
+        assert!(overtakers <= world.count(Counted::OrderOvertaken), "seed {seed}: {overtakers} overtook");
+        assert!(world.dropped() <= world.count(Counted::DeadLettered));
+    }
 }
 
 #[test]
-fn the_box_notices_each_broken_rule() {
+fn a_quota_takes_only_what_is_not_in_flight_and_counts_it() {
+    seeds(100, |seed| {
+        let mut plan = plan(seed);
+        plan.quota = 2_000;
+        Run { plan, faults: Faults { session_losses: 5, ..HONEST }, steps: 200 }
+    });
+}
+
+#[test]
+fn the_box_notices_a_pubrel_that_leaves_before_its_commit() {
+    let broken = |seed| {
+        let mut run = sabotaged(seed, Sabotage::No, HONEST);
+        run.plan.settings.break_pubrel_order = true;
+        run
+    };
+    assert!(complains(&["DUPLICATE"], broken), "a power cut shows it");
+    assert!(complains(&["EARLY"], broken), "and so does the order of steps");
+}
+
+#[test]
+fn the_box_notices_packets_released_before_their_commit() {
+    let broken = |seed| sabotaged(seed, Sabotage::ReleaseBeforeCommit, HONEST);
+    assert!(complains(&["DUPLICATE", "LOST"], broken));
+}
+
+#[test]
+fn the_box_notices_a_verdict_that_is_never_committed() {
     let losing = Faults { session_losses: 10, connacks_lost: 15, ..HONEST };
+    let broken = |seed| sabotaged(seed, Sabotage::IgnoreSettling, losing);
+    assert!(complains(&["DUPLICATE", "LOST", "STALL"], broken));
+}
+
+#[test]
+fn the_box_notices_a_missed_absent() {
+    let losing = Faults { session_losses: 10, connacks_lost: 15, ..HONEST };
+    let broken = |seed| sabotaged(seed, Sabotage::IgnoreUncertainty, losing);
+    assert!(complains(&["LOST"], broken));
+}
+
+#[test]
+fn the_box_notices_a_receive_maximum_that_is_not_obeyed() {
     let shrinking = Faults { receive_maxima: 15, ..HONEST };
-    for (sabotage, faults) in [
-        (Sabotage::ReleaseBeforeCommit, HONEST),
-        (Sabotage::IgnoreSettling, losing),
-        (Sabotage::IgnoreUncertainty, losing),
-        (Sabotage::IgnoreReceiveMaximum, shrinking),
-        (Sabotage::ForgetRows, HONEST),
-        (Sabotage::HideFailedCommits, HONEST),
-    ] {
-        let complaint = first_complaint(300, |seed| sabotaged(seed, sabotage, faults));
-        println!("{sabotage:?}: {complaint:?}");
-        assert!(complaint.is_some(), "{sabotage:?} went unnoticed");
-    }
+    let broken = |seed| sabotaged(seed, Sabotage::IgnoreReceiveMaximum, shrinking);
+    assert!(complains(&["VIOLATION"], broken));
+}
+
+#[test]
+fn the_box_notices_rows_that_are_forgotten_and_failed_commits_that_are_hidden() {
+    let broken = |seed| sabotaged(seed, Sabotage::ForgetRows, HONEST);
+    assert!(complains(&["STALL", "LOST"], broken));
+    let broken = |seed| sabotaged(seed, Sabotage::HideFailedCommits, HONEST);
+    assert!(complains(&["DUPLICATE", "LOST", "STALL"], broken));
 }

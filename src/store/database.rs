@@ -77,7 +77,7 @@ impl Database {
 
     /// Counts this start and reads what memory needs.
     pub(super) fn over(db: Connection, settings: &Settings) -> Result<Self, StoreError> {
-        let fail = |source| sqlite_error(&settings.path, source);
+        let fail = |source| unreadable(&settings.path, source);
         let boot = start(&db).map_err(fail)?;
         let (outbox, session, inbox) = load(&db).map_err(fail)?;
         Ok(Database { db, settings: settings.clone(), boot, outbox, session, inbox })
@@ -156,13 +156,14 @@ impl Database {
         let when = (&self.boot, now);
         for change in &batch.changes {
             let recorded = match change {
-                Change::Inbound(inbound) | Change::InboundOpened { inbound, .. } => {
+                Change::Inbound { inbound, .. } | Change::InboundOpened { inbound, .. } => {
                     self.inbox.record(&self.db, inbound, &self.boot, now)?
                 }
                 _ => true,
             };
             match change {
                 Change::InboundOpened { id, .. } if !recorded => committed.refused.push(*id),
+                Change::Inbound { id, .. } if !recorded => committed.refused.extend(*id),
                 _ => {
                     self.session.settle(&self.db, &mut self.outbox, change, &mut committed.settled, when)?;
                 }
@@ -174,11 +175,7 @@ impl Database {
         }
         if let Some(offer) = &batch.offer {
             committed.taken = self.session.take(&self.db, &mut self.outbox, offer, (&self.boot, now))?;
-            if let Some((lane, missing)) = self.outbox.missing() {
-                let what = format!("{missing} messages of lane {lane} cannot be found");
-                let corrupt = rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_CORRUPT);
-                return Err(rusqlite::Error::SqliteFailure(corrupt, Some(what)));
-            }
+            self.outbox.check_ends()?;
         }
         self.outbox.write_changes(&self.db)?;
         Ok(committed)
@@ -351,18 +348,19 @@ fn load(db: &Connection) -> Result<(Outbox, SessionTable, Inbox), rusqlite::Erro
     Ok((outbox, session, Inbox::load(db)?))
 }
 
-/// A table or column that must be there is not, a number where text must be: the schema page itself is
-/// damaged, or a row is.
-fn is_schema_damage(source: &rusqlite::Error) -> bool {
+/// At an opening, a row that must be there and is not is damage too.
+fn unreadable(path: &Path, source: rusqlite::Error) -> StoreError {
     match source {
-        rusqlite::Error::SqliteFailure(_, Some(words)) => words.starts_with("no such "),
-        rusqlite::Error::SqlInputError { msg, .. } => msg.starts_with("no such "),
-        rusqlite::Error::QueryReturnedNoRows
-        | rusqlite::Error::InvalidColumnType(..)
-        | rusqlite::Error::IntegralValueOutOfRange(..)
-        | rusqlite::Error::FromSqlConversionFailure(..) => true,
-        _ => false,
+        rusqlite::Error::QueryReturnedNoRows => {
+            StoreError::Damaged { path: path.to_owned(), what: "a row that is always there is not".into() }
+        }
+        source => sqlite_error(path, source),
     }
+}
+
+/// Reading, writing or syncing failed: what the system's cache holds may not be what the disk holds.
+pub(super) fn is_io_failure(source: &rusqlite::Error) -> bool {
+    matches!(source.sqlite_error_code(), Some(ErrorCode::SystemIoFailure | ErrorCode::CannotOpen))
 }
 
 pub(super) fn sqlite_error(path: &Path, source: rusqlite::Error) -> StoreError {
@@ -373,7 +371,19 @@ pub(super) fn sqlite_error(path: &Path, source: rusqlite::Error) -> StoreError {
         Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt) => {
             StoreError::Damaged { path, what: source.to_string() }
         }
-        _ if is_schema_damage(&source) => StoreError::Damaged { path, what: source.to_string() },
+        _ if cannot_be_ours(&source) => StoreError::Damaged { path, what: source.to_string() },
         _ => StoreError::Sqlite { path, source },
+    }
+}
+
+/// A table that must be there is not, or a column holds what we never wrote.
+fn cannot_be_ours(source: &rusqlite::Error) -> bool {
+    match source {
+        rusqlite::Error::SqliteFailure(_, Some(words)) => words.starts_with("no such "),
+        rusqlite::Error::SqlInputError { msg, .. } => msg.starts_with("no such "),
+        rusqlite::Error::InvalidColumnType(..)
+        | rusqlite::Error::IntegralValueOutOfRange(..)
+        | rusqlite::Error::FromSqlConversionFailure(..) => true,
+        _ => false,
     }
 }

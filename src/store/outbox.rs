@@ -20,6 +20,8 @@ use crate::turn::Hold;
 const SEGMENT_BYTES: usize = 128 << 10;
 /// Bytes a segment takes beside its body, about: its other columns and its share of the pages.
 pub(super) const SEGMENT_OVERHEAD: u64 = 64;
+/// Numbers share their key with the lane.
+const SEQ_MAX: u64 = (1 << 56) - 1;
 /// Messages held behind refused ones of their topic, per lane; beyond it the whole lane is held.
 const DEFERRED_MAX: usize = 10_000;
 /// Unfinished QoS 1 messages sent before a resumed QoS 2 one, at most: no window was ever larger.
@@ -81,10 +83,14 @@ struct Loaded {
     kernel_boot: u32,
 }
 
+/// A topic of which the broker refused a message for now.
 #[derive(Debug, Default)]
 struct Held {
     until_mono_ms: u64,
+    /// Below the cursor, to be taken after the hold.
     deferred: BTreeSet<u64>,
+    /// The first of them, tried alone: were all sent at once and it refused again, all others would overtake it.
+    trial: Option<u64>,
 }
 
 #[derive(Debug)]
@@ -136,7 +142,7 @@ fn end_of(lane: Lane) -> i64 {
 }
 
 pub(super) fn seq_of(key: i64) -> u64 {
-    key as u64 & ((1 << 56) - 1)
+    key as u64 & SEQ_MAX
 }
 
 impl Outbox {
@@ -306,6 +312,7 @@ impl Outbox {
         let queue = &mut self.lanes[lane as usize];
         queue.taken.remove(&seq);
         queue.returned.remove(&seq);
+        queue.leave_held(seq);
         let Some(first) = queue.open_segment(db, lane, seq)? else { return Ok(()) };
         let open = queue.open.get_mut(&first).expect("open_segment has just found it");
         let index = seq - first;
@@ -350,14 +357,14 @@ impl Outbox {
         while let Some(seq) = self.candidate(db, lane)? {
             let Some((entry, expires_s)) = self.readable(db, lane, seq, boot, now)? else { continue };
             let queue = self.lane(lane);
-            if let Some(held) = queue.held.get_mut(&entry.topic) {
-                held.deferred.insert(seq);
-                queue.pass(seq);
-                if queue.held.values().map(|held| held.deferred.len()).sum::<usize>() > DEFERRED_MAX {
-                    queue.held_until_mono_ms =
-                        queue.held.values().map(|held| held.until_mono_ms).min().unwrap_or(now.mono_ms);
+            let deferred: usize = queue.held.values().map(|held| held.deferred.len()).sum();
+            if let Some(held) = queue.held.get_mut(&entry.topic).filter(|held| held.trial != Some(seq)) {
+                if deferred >= DEFERRED_MAX {
+                    queue.held_until_mono_ms = held.until_mono_ms;
                     return Ok(None);
                 }
+                held.deferred.insert(seq);
+                queue.pass(seq);
                 continue;
             }
             queue.pass(seq);
@@ -523,6 +530,7 @@ impl Outbox {
             (Hold::Topic, Some(topic)) => {
                 let held = queue.held.entry(topic).or_default();
                 held.until_mono_ms = held.until_mono_ms.max(until_mono_ms);
+                held.trial = held.trial.filter(|trial| *trial != seq);
                 if seq < queue.cursor {
                     held.deferred.insert(seq);
                 }
@@ -540,7 +548,7 @@ impl Outbox {
         let holds = |lane: &LaneQueue| match lane.held_until_mono_ms {
             // No topic is free before its lane is.
             until if until > now.mono_ms => Some(until),
-            _ => lane.held.values().map(|held| held.until_mono_ms).min(),
+            _ => lane.held.values().filter(|held| held.trial.is_none()).map(|held| held.until_mono_ms).min(),
         };
         self.lanes.iter().filter_map(holds).min()
     }
@@ -560,15 +568,19 @@ impl Outbox {
             .optional()
     }
 
-    /// A lane that has been read to its end although it counts more messages than were found: its tree lies.
-    pub(crate) fn missing(&self) -> Option<(Lane, u64)> {
-        Lane::ALL.into_iter().find_map(|lane| {
+    /// A lane that has been read to its end although it counts more messages than were found is damaged.
+    pub(crate) fn check_ends(&self) -> Sql<()> {
+        let missing = Lane::ALL.into_iter().find_map(|lane| {
             let queue = &self.lanes[lane as usize];
             let deferred: usize = queue.held.values().map(|held| held.deferred.len()).sum();
             let found = (queue.taken.len() + queue.returned.len() + deferred) as u64;
             let missing = queue.messages.saturating_sub(found);
             (queue.cursor >= queue.next_seq && missing > 0).then_some((lane, missing))
-        })
+        });
+        match missing {
+            None => Ok(()),
+            Some((lane, missing)) => Err(lies(format!("{missing} messages of lane {lane} cannot be found"))),
+        }
     }
 
     /// Writes what the transaction changed: lane counters, done bits, drop counters.
@@ -664,11 +676,21 @@ impl LaneQueue {
     }
 
     fn release_held(&mut self, now: Stamp) {
-        let due = |held: &Held| held.until_mono_ms <= now.mono_ms;
-        if self.held.values().any(due) {
-            for (_, held) in self.held.extract_if(|_, held| due(held)) {
-                self.returned.extend(held.deferred);
-            }
+        let due = |held: &&mut Held| held.trial.is_none() && held.until_mono_ms <= now.mono_ms;
+        for held in self.held.values_mut().filter(due) {
+            held.trial = held.deferred.pop_first();
+            self.returned.extend(held.trial);
+        }
+        self.held.retain(|_, held| held.trial.is_some() || held.until_mono_ms > now.mono_ms);
+    }
+
+    /// A record is done: if it was a topic's trial, the others may follow.
+    fn leave_held(&mut self, seq: u64) {
+        for (_, held) in self.held.extract_if(|_, held| held.trial == Some(seq)) {
+            self.returned.extend(held.deferred);
+        }
+        for held in self.held.values_mut() {
+            held.deferred.remove(&seq);
         }
     }
 
@@ -690,7 +712,9 @@ impl LaneQueue {
             )?
             .query_row([key(lane, first)], |row| {
                 Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?, row.get(4)?))
-            })?;
+            })
+            .optional()?
+            .ok_or_else(|| lies(format!("segment {first} of lane {lane} is there and is not")))?;
         self.open.entry(first).or_insert_with(|| Open::new(count, body.len() as u64, Vec::new()));
         let entries = segment::decode(lane, Seq(first), count as usize, wall_ms, packing, body);
         self.loaded = Some(Loaded { first, entries, accepted: Stamp { wall_ms, mono_ms }, kernel_boot });
@@ -718,6 +742,9 @@ impl LaneQueue {
 
 /// First number and count of the segment that holds `seq`, or else of the first one after it.
 fn find(db: &Connection, lane: Lane, seq: u64) -> Sql<Option<(u64, u64)>> {
+    if seq > SEQ_MAX {
+        return Ok(None);
+    }
     let read = |row: &rusqlite::Row<'_>| Ok((seq_of(row.get(0)?), row.get::<_, u64>(1)?));
     let holding = db
         .prepare_cached("SELECT id, count FROM segment WHERE id <= ? AND id >= ? ORDER BY id DESC LIMIT 1")?
@@ -730,6 +757,12 @@ fn find(db: &Connection, lane: Lane, seq: u64) -> Sql<Option<(u64, u64)>> {
     db.prepare_cached("SELECT id, count FROM segment WHERE id > ? AND id < ? ORDER BY id LIMIT 1")?
         .query_row(params![key(lane, seq), end_of(lane)], read)
         .optional()
+}
+
+/// What the tables say cannot all be true: damage that SQLite has not noticed.
+fn lies(what: String) -> rusqlite::Error {
+    let corrupt = rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_CORRUPT);
+    rusqlite::Error::SqliteFailure(corrupt, Some(what))
 }
 
 /// How many of the entries go into one segment.

@@ -229,7 +229,7 @@ impl SessionTable {
             Change::InboundReleased(id) => {
                 db.prepare_cached("DELETE FROM rx_open WHERE pkid = ?")?.execute([id.get()]).map(drop)
             }
-            Change::Inbound(_) => Ok(()),
+            Change::Inbound { .. } => Ok(()),
         }
     }
 

@@ -283,6 +283,22 @@ enum Own {
     Canary,
 }
 
+/// A refusal the store does not know of yet: what it hands out meanwhile must not overtake the refused message.
+#[derive(Debug)]
+struct Holding {
+    lane: Lane,
+    topic: Topic,
+    hold: Hold,
+    hold_ms: u64,
+    reason: ReasonCode,
+}
+
+impl Holding {
+    fn holds(&self, record: &Record) -> bool {
+        self.lane == record.lane && (self.hold == Hold::Lane || self.topic == record.topic)
+    }
+}
+
 /// A message of our own that waits for room.
 #[derive(Debug)]
 struct OwnMessage {
@@ -342,6 +358,9 @@ pub struct Session {
     qos2_in_flight: usize,
     rx_open: HashMap<PacketId, u128>,
     refused: HashMap<(Lane, Seq), Refusal>,
+    holding: Vec<Holding>,
+    /// How many of them are in the commit that is out.
+    holding_in_commit: usize,
     pending: Vec<Change>,
     gated: Vec<Packet>,
     /// Gated packets whose changes are being committed; `Some` while a turn with changes is out.
@@ -391,6 +410,8 @@ impl Session {
             qos2_in_flight: 0,
             rx_open: begin.rx_open.into_iter().collect(),
             refused: carry.refused,
+            holding: Vec::new(),
+            holding_in_commit: 0,
             pending: Vec::new(),
             gated: Vec::new(),
             committing: None,
@@ -610,9 +631,7 @@ impl Session {
     fn publish_own(&mut self, message: OwnMessage, now_ms: u64) {
         let OwnMessage { topic, payload, retain, own } = message;
         let retain = retain && self.limits.retain_available != Some(false);
-        // In a window of one there is no place to leave free for it.
-        let canary_in_one = own == Own::Canary && self.window() == 1;
-        let qos = if canary_in_one { Qos::AtMostOnce } else { Qos::AtLeastOnce.min(self.max_qos()) };
+        let qos = Qos::AtLeastOnce.min(self.max_qos());
         let id = if qos == Qos::AtMostOnce {
             None
         } else {
@@ -839,14 +858,34 @@ impl Session {
             _ => (Hold::Topic, HOLD_TOPIC_MS),
         };
         let hold_ms = first.saturating_mul(1 << (times - 1).min(16)).min(longest);
-        let topic = flight.record.map(|record| record.topic);
-        let overtaking = self.flights.values().filter(|other| {
-            other.lane == lane && other.seq > seq && other.record.as_ref().map(|r| &r.topic) == topic.as_ref()
-        });
-        let overtaking = overtaking.count() as u64;
-        self.count(Counted::OrderOvertaken, overtaking);
         self.count(Counted::RefusedForNow, 1);
         self.pending.push(Change::Refused { id, lane, seq, hold, hold_ms, reason: reason.0 });
+        let Some(Record { topic, .. }) = flight.record else { return };
+        let holding = Holding { lane, topic, hold, hold_ms, reason };
+        self.hold_back_unsent(&holding);
+        let overtakes = |other: &&Flight| {
+            let record = other.record.as_ref();
+            other.seq > seq
+                && record.is_some_and(|other| (other.lane, &other.topic) == (lane, &holding.topic))
+        };
+        let overtaking = self.flights.values().filter(overtakes).count() as u64;
+        self.holding.push(holding);
+        self.count(Counted::OrderOvertaken, overtaking);
+    }
+
+    /// Gives back what was taken, still waits for room, and would overtake a refused message.
+    fn hold_back_unsent(&mut self, holding: &Holding) {
+        let unsent = |flight: &Flight| !flight.sent && flight.left == Left::No;
+        let held = self.flights.values().filter(|flight| {
+            unsent(flight) && flight.record.as_ref().is_some_and(|record| holding.holds(record))
+        });
+        let ids: Vec<PacketId> = held.map(|flight| flight.id).collect();
+        for id in ids {
+            if let Some(Flight { qos, record: Some(record), .. }) = self.flights.remove(&id) {
+                self.todo.retain(|todo| !matches!(todo, Todo::Flight(waiting) if *waiting == id));
+                self.pending.push(held_back(holding, id, qos, &record));
+            }
+        }
     }
 
     /// Sends what the limits allow of what has to be resumed.
@@ -1072,7 +1111,7 @@ impl Session {
             }
             (_, id) => {
                 self.count(Counted::InboundRecorded, 1);
-                self.pending.push(Change::Inbound(inbound));
+                self.pending.push(Change::Inbound { id, inbound });
                 self.gated.extend(id.map(|id| Packet::PubAck(id, ReasonCode::SUCCESS)));
             }
         }
@@ -1080,11 +1119,15 @@ impl Session {
 
     fn on_oversize(&mut self, qos: Qos, id: Option<PacketId>) {
         self.count(Counted::InboundRefused, 1);
-        let reason = match self.settings.protocol {
+        self.acknowledge_unrecorded(qos, id, self.no_room());
+    }
+
+    /// 3.1.1 has no way to refuse, and a message without an answer would come again for ever.
+    fn no_room(&self) -> ReasonCode {
+        match self.settings.protocol {
             Protocol::V5 => ReasonCode::QUOTA_EXCEEDED,
             Protocol::V311 => ReasonCode::SUCCESS,
-        };
-        self.acknowledge_unrecorded(qos, id, reason);
+        }
     }
 
     /// Acknowledges what is not recorded: nothing has to be committed for it. The PUBREL that may follow
@@ -1201,6 +1244,7 @@ impl Session {
         } else {
             self.committing = Some(std::mem::take(&mut self.gated));
             self.phase_in_commit = std::mem::take(&mut self.phase_in_pending);
+            self.holding_in_commit = self.holding.len();
         }
         let offer = self.offer();
         (!changes.is_empty() || offer.is_some()).then_some((changes, offer))
@@ -1232,14 +1276,14 @@ impl Session {
     pub fn on_committed(&mut self, refused: &[PacketId], now_ms: u64) {
         let gated = self.committing.take().unwrap_or_default();
         let phase_ends = std::mem::take(&mut self.phase_in_commit);
+        self.holding.drain(..std::mem::take(&mut self.holding_in_commit));
         for id in refused {
             self.rx_open.remove(id);
             self.count(Counted::InboundRefused, 1);
         }
         let gated = gated.into_iter().map(|packet| match packet {
-            Packet::PubRec(id, _) if refused.contains(&id) && self.settings.protocol == Protocol::V5 => {
-                Packet::PubRec(id, ReasonCode::QUOTA_EXCEEDED)
-            }
+            Packet::PubRec(id, _) if refused.contains(&id) => Packet::PubRec(id, self.no_room()),
+            Packet::PubAck(id, _) if refused.contains(&id) => Packet::PubAck(id, self.no_room()),
             packet => packet,
         });
         let gated = gated.collect();
@@ -1277,6 +1321,11 @@ impl Session {
             self.next_id = next_after(last.id);
         }
         for taken in taken {
+            if let Some(holding) = self.holding.iter().find(|holding| holding.holds(&taken.record)) {
+                let Taken { id, qos, record, .. } = taken;
+                self.pending.push(held_back(holding, id, qos, &record));
+                continue;
+            }
             let waits = self.begin_flight(taken).map(Todo::Flight);
             self.todo.extend(waits);
         }
@@ -1412,6 +1461,13 @@ impl Session {
             self.events.push(Event::Count(what, n));
         }
     }
+}
+
+/// A message that was taken and never sent goes back and shares the hold.
+fn held_back(holding: &Holding, id: PacketId, qos: Qos, record: &Record) -> Change {
+    let Holding { hold, hold_ms, reason, .. } = *holding;
+    let id = (qos == Qos::ExactlyOnce).then_some(id);
+    Change::Refused { id, lane: record.lane, seq: record.seq, hold, hold_ms, reason: reason.0 }
 }
 
 /// Reason codes that no waiting changes.

@@ -18,11 +18,11 @@ use std::time::Duration;
 use bytes::Bytes;
 use fastrand::Rng;
 use fieldpost::clock::Stamp;
-use fieldpost::message::{Lane, Message, Payload, Qos, Seq, Topic};
+use fieldpost::message::{Lane, Message, PacketId, Payload, Qos, Seq, Topic};
 use fieldpost::store::{self, Append, Batch, Store, WhenFull};
 use fieldpost::turn::{Begin, Change, Offer, OnSessionLoss, Taken};
 use fieldpost::uplink::link::{Link, LinkError};
-use fieldpost::uplink::packet::{Connect, Packet, Protocol, ReasonCode};
+use fieldpost::uplink::packet::{Connect, Packet, Protocol, Publish, ReasonCode};
 use fieldpost::uplink::session::{Carry, Counted, Event, Session, Settings};
 use futures_util::FutureExt;
 use tempfile::TempDir;
@@ -149,12 +149,7 @@ pub struct Accepted {
 /// What the store's thread says to the session.
 #[derive(Debug)]
 enum Answer {
-    Done {
-        connection: u64,
-        settled: bool,
-        refused: Vec<fieldpost::message::PacketId>,
-        taken: Option<Vec<Taken>>,
-    },
+    Done { connection: u64, settled: bool, refused: Vec<PacketId>, taken: Option<Vec<Taken>> },
     Failed,
 }
 
@@ -180,6 +175,7 @@ pub struct World {
     pub now: Stamp,
     store: Option<Store>,
     path: PathBuf,
+    owner: String,
     _folder: TempDir,
     online: Option<Online>,
     carry: Carry,
@@ -200,14 +196,21 @@ pub struct World {
     /// Commands the store recorded.
     pub recorded: Vec<Bytes>,
     pub sessions_lost: u32,
+    pub possibly_doubled: u64,
+    pub possibly_lost: u64,
     /// The broker has forgotten identifiers at some time.
     pub forgotten: bool,
-    /// Payloads in flight at QoS 2, as committed.
-    rows: BTreeMap<u16, Bytes>,
+    /// Payloads in flight at QoS 2 and whether their PUBREC or their end is known, as committed.
+    pub rows: BTreeMap<u16, (Bytes, bool)>,
+    /// Inbound identifiers that wait for PUBREL, as committed.
+    open: BTreeSet<u16>,
+    /// What this connection's CONNACK meant is committed.
+    verdict: bool,
+    /// What was sent before it was committed.
+    pub early: Vec<String>,
     /// QoS 2 payloads known to be done, as committed.
     done: BTreeSet<Bytes>,
     pub ends: Vec<String>,
-    pub settled: Vec<bool>,
     pub next_number: u64,
     pub trace: Vec<String>,
     pub keep_trace: bool,
@@ -228,6 +231,7 @@ impl World {
             broker,
             now: START,
             path,
+            owner: "broker".into(),
             _folder: folder,
             online: None,
             carry: Carry::default(),
@@ -243,11 +247,15 @@ impl World {
             commanded: Vec::new(),
             recorded: Vec::new(),
             sessions_lost: 0,
+            possibly_doubled: 0,
+            possibly_lost: 0,
             forgotten: false,
             rows: BTreeMap::new(),
+            open: BTreeSet::new(),
+            verdict: false,
+            early: Vec::new(),
             done: BTreeSet::new(),
             ends: Vec::new(),
-            settled: Vec::new(),
             next_number: 0,
             trace: Vec::new(),
             keep_trace: false,
@@ -304,6 +312,33 @@ impl World {
         };
         self.append(vec![message]);
         number
+    }
+
+    /// Messages that no packing makes smaller.
+    pub fn noise(&mut self, lane: Lane, count: usize, bytes: usize) {
+        let messages = (0..count).map(|_| {
+            self.next_number += 1;
+            let mut random = Rng::with_seed(self.next_number);
+            let mut text = format!("{} ", self.next_number);
+            text.extend((0..bytes).map(|_| random.alphanumeric()));
+            Message {
+                topic: Topic::new(&format!("t/{lane}/2/0")).unwrap(),
+                qos: Qos::ExactlyOnce,
+                retain: false,
+                lane,
+                at: self.now,
+                expires_after: None,
+                payload: Payload::Whole(text.into()),
+            }
+        });
+        let messages = messages.collect();
+        self.append(messages);
+    }
+
+    /// Everything ever dropped.
+    pub fn dropped(&mut self) -> u64 {
+        let now = self.now;
+        self.store().look(now).unwrap().dropped.iter().map(|(_, _, count)| count).sum()
     }
 
     pub fn append(&mut self, messages: Vec<Message>) {
@@ -386,19 +421,11 @@ impl World {
                 }));
             }
         }
-        for change in &list {
-            match change {
-                Change::Inbound(inbound) => self.recorded.push(inbound.payload.clone()),
-                Change::InboundOpened { id, inbound, .. } if !committed.refused.contains(id) => {
-                    self.recorded.push(inbound.payload.clone());
-                }
-                Change::Completed(id) => self.done.extend(self.rows.remove(&id.get())),
-                Change::SessionAbsent(_) | Change::SessionReplaced(_) => self.rows.clear(),
-                _ => {}
-            }
-        }
+        self.possibly_doubled += committed.settled.possibly_doubled;
+        self.possibly_lost += committed.settled.possibly_lost;
+        list.iter().filter(|change| !is_refused(change, &committed.refused)).for_each(|c| self.committed(c));
         for taken in committed.taken.iter().filter(|taken| taken.qos == Qos::ExactlyOnce) {
-            self.rows.insert(taken.id.get(), taken.record.payload.clone());
+            self.rows.insert(taken.id.get(), (taken.record.payload.clone(), false));
         }
         let offered = if committed.taken.is_empty() { None } else { self.offer.take() };
         let changed = changes.as_ref().map(|(connection, _)| *connection);
@@ -409,6 +436,53 @@ impl World {
                 refused: committed.refused,
                 taken: offered.map(|_| committed.taken),
             });
+        }
+    }
+
+    /// Keeps the books of what is on the disk.
+    fn committed(&mut self, change: &Change) {
+        match change {
+            Change::Inbound { inbound, .. } => self.recorded.push(inbound.payload.clone()),
+            Change::InboundOpened { id, inbound, .. } => {
+                self.open.insert(id.get());
+                self.recorded.push(inbound.payload.clone());
+            }
+            Change::InboundReleased(id) => drop(self.open.remove(&id.get())),
+            Change::Received(id) | Change::Abandoned(id) => {
+                self.rows.get_mut(&id.get()).into_iter().for_each(|row| row.1 = true);
+            }
+            Change::Completed(id) => self.done.extend(self.rows.remove(&id.get()).map(|row| row.0)),
+            Change::Refused { id: Some(id), .. } | Change::DeadLetter { id: Some(id), .. } => {
+                self.rows.remove(&id.get());
+            }
+            Change::SessionAbsent(_) | Change::SessionReplaced(_) => {
+                self.rows.clear();
+                self.open.clear();
+                self.verdict = true;
+            }
+            Change::SessionPresent => self.verdict = true,
+            _ => {}
+        }
+    }
+
+    /// The order table: what must be on the disk before this packet leaves.
+    fn check_order(&mut self, packet: &Packet) {
+        let row = |id: &PacketId| self.rows.get(&id.get());
+        let right = match packet {
+            Packet::Publish(publish) if publish.topic.as_str() == CANARY => true,
+            Packet::Publish(publish) => {
+                let Publish { qos, id, payload, .. } = &**publish;
+                let has_row = id.as_ref().and_then(row).is_some_and(|row| row.0 == *payload);
+                self.verdict && (*qos != Qos::ExactlyOnce || has_row)
+            }
+            Packet::PubRel(_, ReasonCode::PACKET_IDENTIFIER_NOT_FOUND) => true,
+            Packet::PubRel(id, _) => self.verdict && row(id).is_none_or(|row| row.1),
+            Packet::PubRec(id, reason) => reason.is_error() || self.open.contains(&id.get()),
+            Packet::PubComp(id, _) => !self.open.contains(&id.get()),
+            _ => true,
+        };
+        if !right {
+            self.early.push(format!("{packet:?} before its commit"));
         }
     }
 
@@ -433,11 +507,12 @@ impl World {
         self.commit(NextCommit::Works);
         self.offer = None;
         self.failed = false;
+        self.verdict = false;
         self.answers.clear();
         let carry = std::mem::take(&mut self.carry);
         let (now, policy) = (self.now, self.plan.settings.on_session_loss);
-        let unacked = carry.unacked();
-        let (mut begin, _) = self.store().begin(("broker", CLIENT), policy, &unacked, now).unwrap();
+        let (unacked, owner) = (carry.unacked(), self.owner.clone());
+        let (mut begin, _) = self.store().begin((&owner, CLIENT), policy, &unacked, now).unwrap();
         match self.plan.sabotage {
             Sabotage::IgnoreUncertainty => begin.session_uncertain = false,
             Sabotage::ForgetRows => begin.resume.clear(),
@@ -482,7 +557,7 @@ impl World {
     }
 
     /// Delivers bytes to the broker.
-    pub fn to_broker(&mut self, count: usize) {
+    pub fn broker_gets(&mut self, count: usize) {
         let Some(online) = &self.online else { return };
         let (conn, bytes) = {
             let mut wire = online.pipe.0.borrow_mut();
@@ -496,7 +571,7 @@ impl World {
     }
 
     /// Delivers bytes to the agent and lets it act.
-    pub fn to_agent(&mut self, count: usize) {
+    pub fn agent_gets(&mut self, count: usize) {
         let Some(online) = &mut self.online else { return };
         {
             let mut wire = online.pipe.0.borrow_mut();
@@ -538,21 +613,24 @@ impl World {
         Ok(())
     }
 
+    fn count_events(&mut self, events: Vec<Event>) {
+        for event in events {
+            if let Event::Count(what, n) = event {
+                *self.counts.entry(format!("{what:?}")).or_default() += n;
+            }
+        }
+    }
+
     /// What the uplink does after every wake: events, turns, packets.
     pub fn act(&mut self) {
         let Some(mut online) = self.online.take_if(|online| online.greeted) else { return };
-        for event in online.session.take_events() {
-            self.note(|| format!("event {event:?}"));
-            match event {
-                Event::Count(what, n) => *self.counts.entry(format!("{what:?}")).or_default() += n,
-                Event::SessionSettled { present } => {
-                    self.settled.push(present);
-                    let topic = Topic::new(PRESENCE).unwrap();
-                    online.session.publish_presence(topic, "online".into(), true, self.now.mono_ms);
-                }
-                _ => {}
-            }
+        let events = online.session.take_events();
+        self.note(|| format!("events {events:?}"));
+        for _ in events.iter().filter(|event| matches!(event, Event::SessionSettled { .. })) {
+            let topic = Topic::new(PRESENCE).unwrap();
+            online.session.publish_presence(topic, "online".into(), true, self.now.mono_ms);
         }
+        self.count_events(events);
         while let Some((changes, offer)) = online.session.turn() {
             let settles = !changes.is_empty();
             self.take_turn(online.session.connection(), changes, offer);
@@ -562,6 +640,7 @@ impl World {
         }
         while let Some(packet) = online.session.next_packet() {
             self.note(|| format!("agent  -> {packet:?}"));
+            self.check_order(&packet);
             online.link.queue(&packet).unwrap_or_else(|error| panic!("the session sent {packet:?}: {error}"));
             online.session.on_written(self.now.mono_ms);
         }
@@ -610,6 +689,7 @@ impl World {
         let Some(mut online) = self.online.take() else { return };
         self.note(|| format!("hang up: {why}"));
         self.ends.push(why.to_owned());
+        self.count_events(online.session.take_events());
         let unsaved = online.session.take_unsaved();
         self.take_turn(online.session.connection(), unsaved, None);
         self.carry = online.session.into_carry();
@@ -639,14 +719,14 @@ impl World {
 
     /// The link breaks; of the bytes under way to the broker, `still_arrive` do.
     pub fn cut(&mut self, still_arrive: usize) {
-        self.to_broker(still_arrive);
+        self.broker_gets(still_arrive);
         self.hang_up("cut");
     }
 
     /// The program dies: whatever is not committed is gone.
     pub fn crash(&mut self, still_arrive: usize) {
         self.note(|| "crash".into());
-        self.to_broker(still_arrive);
+        self.broker_gets(still_arrive);
         if let Some(online) = self.online.take() {
             self.broker.closed(online.conn, self.now.mono_ms);
         }
@@ -658,6 +738,23 @@ impl World {
         self.failed = false;
         self.carry = Carry::default();
         self.store = None;
+        self.open();
+    }
+
+    /// The database as it is now.
+    pub fn copy(&mut self) -> Vec<u8> {
+        self.store = None;
+        let bytes = std::fs::read(&self.path).unwrap();
+        self.open();
+        self.cut(0);
+        bytes
+    }
+
+    /// The card is exchanged for one with an old copy.
+    pub fn restore(&mut self, copy: Vec<u8>) {
+        self.crash(0);
+        self.store = None;
+        std::fs::write(&self.path, copy).unwrap();
         self.open();
     }
 
@@ -717,7 +814,7 @@ impl World {
         let pipe = Pipe::default();
         let mut link = Link::new(pipe.clone(), Protocol::V5, MAX_PACKET);
         link.queue(&Packet::Connect(Box::new(connect(OBSERVER, true)))).unwrap();
-        let id = fieldpost::message::PacketId::new(1).unwrap();
+        let id = PacketId::new(1).unwrap();
         link.queue(&Packet::Subscribe(id, vec![("t/#".into(), Qos::AtMostOnce)])).unwrap();
         flush(&mut link);
         let bytes: Vec<u8> = pipe.0.borrow_mut().to_broker.drain(..).collect();
@@ -747,20 +844,102 @@ impl World {
         delivered.map(|delivered| (&*delivered.topic, &delivered.payload)).collect()
     }
 
+    /// Their text, for short ones.
+    pub fn texts(&self) -> Vec<String> {
+        self.handed_on()
+            .into_iter()
+            .map(|(_, payload)| String::from_utf8_lossy(payload).into_owned())
+            .collect()
+    }
+
+    /// From now on everything goes to another broker, which holds identifiers of an earlier life of this client.
+    pub fn move_to_another_broker(&mut self) -> Broker {
+        self.owner = "another".into();
+        let first = std::mem::replace(&mut self.broker, Broker::with_limits(self.plan.limits.clone()));
+        self.observe();
+        self.haunt(1024..1034);
+        first
+    }
+
+    /// The broker holds these identifiers for a client of our name whose database is gone.
+    pub fn haunt(&mut self, ids: std::ops::Range<u16>) {
+        let conn = self.broker.connect(self.now.mono_ms);
+        let pipe = Pipe::default();
+        let mut link = Link::new(pipe.clone(), self.plan.protocol, MAX_PACKET);
+        link.queue(&Packet::Connect(Box::new(connect(CLIENT, false)))).unwrap();
+        for number in ids {
+            link.queue(&Packet::Publish(Box::new(Publish {
+                dup: false,
+                qos: Qos::ExactlyOnce,
+                retain: false,
+                topic: Topic::new("ghost").unwrap(),
+                id: PacketId::new(number),
+                payload: "ghost".into(),
+                message_expiry_s: None,
+                response_topic: None,
+                correlation_data: None,
+            })))
+            .unwrap();
+        }
+        flush(&mut link);
+        let bytes: Vec<u8> = pipe.0.borrow_mut().to_broker.drain(..).collect();
+        self.broker.input(conn, &bytes, self.now.mono_ms);
+        self.broker.closed(conn, self.now.mono_ms);
+        self.route();
+    }
+
     // ---- to the end --------------------------------------------------------------------------------------
+
+    /// Commits until nothing waits.
+    pub fn commit_all(&mut self) {
+        while self.must_commit() {
+            self.commit(NextCommit::Works);
+        }
+    }
+
+    /// Rounds until messages flow.
+    pub fn until_running(&mut self) {
+        for _ in 0..100 {
+            if self.is_running() {
+                return;
+            }
+            self.round();
+            self.pass(50);
+        }
+        panic!("the session does not get to run: {:?}", self.ends);
+    }
+
+    /// Whether the session is uncertain and whether a clean start is needed, as the database says.
+    pub fn flags(&mut self) -> (bool, bool) {
+        self.store = None;
+        let db = rusqlite::Connection::open(&self.path).unwrap();
+        let flags = db.query_row("SELECT uncertain, clean_start FROM session", [], |row| {
+            Ok((row.get(0)?, row.get(1)?))
+        });
+        drop(db);
+        self.open();
+        flags.unwrap()
+    }
 
     /// One round without faults: everything that is under way arrives.
     pub fn round(&mut self) {
         if self.online.is_none() {
             self.connect();
         }
-        self.to_broker(usize::MAX);
-        self.to_agent(usize::MAX);
+        self.broker_gets(usize::MAX);
+        self.agent_gets(usize::MAX);
         if self.must_commit() {
             self.commit(NextCommit::Works);
         }
         while self.has_answers() {
             self.answer();
+        }
+    }
+
+    pub fn rounds(&mut self, count: usize) {
+        for _ in 0..count {
+            self.round();
+            self.pass(1);
         }
     }
 
@@ -789,6 +968,13 @@ impl World {
             self.store().waiting(now),
             self.ends.iter().rev().take(5).collect::<Vec<_>>(),
         ))
+    }
+}
+
+fn is_refused(change: &Change, refused: &[PacketId]) -> bool {
+    match change {
+        Change::InboundOpened { id, .. } | Change::Inbound { id: Some(id), .. } => refused.contains(id),
+        _ => false,
     }
 }
 
