@@ -199,7 +199,9 @@ async fn torture(port: u16, protocol: &str, qos: u8, seconds: u64) -> Tortured {
         || kills * 2 < seconds
         || proxy.counts().cuts * 6 < seconds * 5
     {
-        let enough = proxy.counts().to_broker + random.u64(1_000..100_000);
+        let counts = proxy.counts();
+        assert!(began.elapsed() < Duration::from_secs(6 * seconds), "the agent hardly connects: {counts:?}");
+        let enough = counts.to_broker + random.u64(1_000..100_000);
         // Waiting out a back-off proves nothing.
         wait_until_async(Duration::from_millis(1_500), async || {
             producer.hold(queued(&agent.status()) > QUEUE_ENOUGH);

@@ -357,8 +357,7 @@ async fn a_port_where_nobody_listens_is_named_with_its_address() {
     let port = free_port();
     let error = connect("127.0.0.1", port, None, Protocol::V5).await.err().unwrap();
     let text = error.to_string();
-    assert!(text.starts_with(&format!("cannot connect to 127.0.0.1:{port}: 127.0.0.1:{port}: ")), "{text}");
-    assert!(text.contains("refused"), "{text}");
+    assert!(text.starts_with(&format!("cannot connect to 127.0.0.1:{port}: Connection refused")), "{text}");
 }
 
 #[tokio::test]

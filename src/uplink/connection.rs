@@ -14,7 +14,7 @@ use tracing::{debug, error, info, warn};
 
 use super::backoff::{Backoff, Cause};
 use super::link::{self, ConnectError, Endpoint, Link, LinkError, Stream};
-use super::packet::{Connect, Packet, ReasonCode};
+use super::packet::{Connect, Packet, Protocol, ReasonCode};
 use super::presence::{Announcement, Heard, Presence};
 use super::session::{self, Carry, Counted, Event, Session, SessionError};
 use super::tls;
@@ -277,7 +277,9 @@ impl Uplink {
         if end.is_protocol_error() {
             self.stats.protocol_errors.increment();
         }
-        let short = was_connected && end.is_hang_up() && began.elapsed() < SHORT_LIFE;
+        // An MQTT 5 broker says 0x8E instead; there a line that drops again and again is just that.
+        let wordless = self.settings.session.protocol == Protocol::V311;
+        let short = wordless && was_connected && end.is_hang_up() && began.elapsed() < SHORT_LIFE;
         self.short_lives = if short { self.short_lives + 1 } else { 0 };
         let mut cause = end.cause();
         let mut reason = end.to_string();

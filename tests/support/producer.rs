@@ -113,15 +113,20 @@ fn converse(
     let (mut asker, mut answers) = client::connect(socket)?;
     let mut ahead = VecDeque::new();
     let mut talk = || loop {
-        let quiet = orders.stop.load(Relaxed) || orders.hold.load(Relaxed);
-        while !quiet && ahead.len() < AHEAD {
+        let stop = orders.stop.load(Relaxed);
+        while !stop && !orders.hold.load(Relaxed) && ahead.len() < AHEAD {
             ahead.push_back(*next);
             *next += 1;
             asker.ask(&numbered(*next - 1, qos))?;
         }
         asker.flush()?;
         if ahead.is_empty() {
-            return Ok(());
+            if stop {
+                return Ok(());
+            }
+            // On hold, but connected: the agent takes 16 connections at a time.
+            std::thread::sleep(Duration::from_millis(2));
+            continue;
         }
         match answers.hear()? {
             Answer::Accepted {} => {
