@@ -264,6 +264,7 @@ pub fn spawn(store: Store, stats: Arc<Stats>) -> io::Result<(Handle, JoinHandle<
         changes: None,
         offer: None,
         turned: None,
+        failed: false,
         checking: true,
     };
     let thread = std::thread::Builder::new()
@@ -284,6 +285,8 @@ struct Worker {
     /// The unanswered offer and its connection.
     offer: Option<(u64, Offer)>,
     turned: Option<mpsc::Sender<Turned>>,
+    /// A commit failed: what the session learned since hangs on what was lost, until a connection begins anew.
+    failed: bool,
     /// The check behind the start goes on.
     checking: bool,
 }
@@ -361,6 +364,7 @@ impl Worker {
                 }
                 self.commit();
                 self.offer = None;
+                self.failed = false;
                 self.turned = Some(turned);
                 let begun = self.store.begin((&owner.0, &owner.1), policy, &unacked, clock::now());
                 let _gone = reply.send(begun.map_err(Arc::new));
@@ -379,6 +383,9 @@ impl Worker {
     }
 
     fn take_turn(&mut self, turn: Turn) {
+        if self.failed {
+            return;
+        }
         let Turn { connection, changes, offer } = turn;
         if let Some(offer) = offer {
             self.offer = Some((connection, offer));
@@ -474,6 +481,7 @@ impl Worker {
     ) {
         tracing::error!(%error, "a commit failed; nothing of it was told to anybody");
         self.offer = None;
+        self.failed = true;
         for reply in replies {
             let _gone = reply.send(Err(NotAccepted::Failed(error.clone())));
         }
