@@ -425,6 +425,10 @@ impl Worker {
     }
 
     fn commit(&mut self) {
+        // An offer whose connection is gone would take messages out of the reach of expiry and quota.
+        if self.turned.as_ref().is_none_or(mpsc::Sender::is_closed) {
+            self.offer = None;
+        }
         self.due = None;
         self.waiting_messages = 0;
         let (appends, replies): (Vec<_>, Vec<_>) = std::mem::take(&mut self.waiting).into_iter().unzip();

@@ -376,6 +376,11 @@ impl Uplink {
             Ok(()) => End::Stopped,
             Err(end) => end,
         };
+        for event in session.take_events() {
+            if let Event::Count(what, n) = event {
+                self.count(what, n);
+            }
+        }
         if matches!(end, End::Store(_)) {
             return (end, session.into_carry().after_store_failure());
         }
