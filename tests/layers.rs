@@ -24,9 +24,9 @@ struct Layer {
 const LAYERS: &[Layer] = &[
     Layer {
         name: "vocabulary",
-        files: &["point", "message", "turn", "stats"],
+        files: &["point", "message", "command", "turn", "stats"],
         // A stamp is plain data; only `clock::now` reads the clocks.
-        may: &["clock::Stamp", "message"],
+        may: &["clock::Stamp", "message", "point"],
         pure: true,
     },
     Layer { name: "clock", files: &["clock"], may: &[], pure: false },

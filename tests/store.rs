@@ -536,3 +536,45 @@ fn a_hundred_thousand_messages_wait_without_being_read_at_the_start() {
     assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
     assert_eq!(store.look(clock::now()).unwrap().lanes[1].messages, 100_000);
 }
+
+/// Every table and index with its columns, as SQLite reports them, whatever statement made them.
+fn shape(path: &Path) -> Vec<(String, Vec<String>)> {
+    let db = rusqlite::Connection::open(path).unwrap();
+    let mut names = db.prepare("SELECT name FROM sqlite_schema WHERE type = 'table' ORDER BY name").unwrap();
+    let names: Vec<String> = names.query_map([], |row| row.get(0)).unwrap().map(Result::unwrap).collect();
+    names
+        .into_iter()
+        .map(|table| {
+            let rows = |sql: &str| -> Vec<String> {
+                let mut statement = db.prepare(sql).unwrap();
+                let columns = statement.column_count();
+                let row = |row: &rusqlite::Row<'_>| {
+                    let cells = (1..columns).map(|n| row.get::<_, rusqlite::types::Value>(n));
+                    Ok(format!("{:?}", cells.collect::<Result<Vec<_>, _>>()?))
+                };
+                statement.query_map([], row).unwrap().map(Result::unwrap).collect()
+            };
+            let mut shape = rows(&format!("PRAGMA table_info({table})"));
+            let mut indices = rows(&format!("PRAGMA index_list({table})"));
+            indices.sort();
+            shape.extend(indices);
+            (table, shape)
+        })
+        .collect()
+}
+
+#[test]
+fn an_older_schema_is_brought_forward_with_everything_in_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("outbox.db");
+    std::fs::write(&path, include_bytes!("data/store/schema_1.db")).unwrap();
+    let mut store = open(folder.path());
+    assert_eq!(store.look(clock::now()).unwrap().damage, None);
+    let taken = take(&mut store, 2000, 10);
+    let expected = ["two 1", "two 2", "two 3", "one 1", "one 2", "one 3", "bulky"];
+    assert_eq!(payloads(&taken), expected);
+    store.close();
+    let new = tempfile::tempdir().unwrap();
+    open(new.path()).close();
+    assert_eq!(shape(&path), shape(&new.path().join("outbox.db")));
+}

@@ -23,7 +23,9 @@ use crate::turn::{Begin, Change, OnSessionLoss};
 /// "fpst": marks our files (`PRAGMA application_id`).
 const APPLICATION_ID: i64 = 0x6670_7374;
 /// The newest schema this program knows (`PRAGMA user_version`).
-const SCHEMA: i64 = 1;
+const SCHEMA: i64 = 2;
+/// What brings an older schema forward, one step each: the first from 1 to 2. A step is never edited once released.
+const MIGRATIONS: [&str; SCHEMA as usize - 1] = [include_str!("migrate_2.sql")];
 /// Page size in bytes: measured to write least for 200-byte messages.
 const PAGE_BYTES: u64 = 1024;
 /// The write-ahead log is moved into the database from this many pages on: 1 MiB.
@@ -289,6 +291,12 @@ fn check_identity(db: &Connection, path: &Path) -> Result<(), StoreError> {
     }
     if schema > SCHEMA {
         return Err(StoreError::Newer { path: path.to_owned(), found: schema, known: SCHEMA });
+    }
+    for (from, step) in (1..).zip(MIGRATIONS).skip_while(|(from, _)| *from < schema) {
+        let to = from + 1;
+        let step = format!("BEGIN IMMEDIATE; {step}; PRAGMA user_version = {to}; COMMIT;");
+        db.execute_batch(&step).map_err(fail)?;
+        tracing::info!(from, to, "the database was brought to a newer schema");
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
--- The database's contract. user_version 1.
+-- The database's contract. user_version 2; migrate_2.sql makes it of version 1.
 -- One connection writes it; every table but `segment` stays within a few pages.
 
 CREATE TABLE meta (
@@ -90,7 +90,8 @@ CREATE TABLE dead_letter (
     qos             INTEGER NOT NULL,
     retain          INTEGER NOT NULL,
     at_ms           INTEGER NOT NULL,
-    payload         BLOB NOT NULL
+    payload         BLOB NOT NULL,
+    expires_s       INTEGER                     -- seconds it was worth sending when it died
 );
 
 -- What limits and damage took and no gap record has yet told the cloud.

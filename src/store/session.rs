@@ -367,8 +367,9 @@ fn bury(
 ) -> Sql<()> {
     if let Some(record) = record {
         db.prepare_cached(
-            "INSERT INTO dead_letter (lane, seq, epoch, reason, dead_ms, topic, qos, retain, at_ms, payload)
-             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO dead_letter (lane, seq, epoch, reason, dead_ms, topic, qos, retain, at_ms, payload,
+                                      expires_s)
+             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         )?
         .execute(params![
             lane as i64,
@@ -381,6 +382,7 @@ fn bury(
             record.retain,
             record.at_ms,
             &record.payload[..],
+            record.expires_s,
         ])?;
         db.prepare_cached(
             "DELETE FROM dead_letter WHERE number <= (SELECT max(number) FROM dead_letter) - ?",

@@ -1,0 +1,3 @@
+-- Schema 1 to 2. What it makes and what schema.sql makes are the same tables.
+
+ALTER TABLE dead_letter ADD COLUMN expires_s INTEGER;
