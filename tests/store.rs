@@ -567,7 +567,7 @@ fn shape(path: &Path) -> Vec<(String, Vec<String>)> {
 fn an_older_schema_is_brought_forward_with_everything_in_it() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("outbox.db");
-    std::fs::write(&path, include_bytes!("data/store/schema_1.db")).unwrap();
+    std::fs::write(&path, include_bytes!("data/store/schema_1.sqlite")).unwrap();
     let mut store = open(folder.path());
     assert_eq!(store.look(clock::now()).unwrap().damage, None);
     let taken = take(&mut store, 2000, 10);
