@@ -578,3 +578,22 @@ fn an_older_schema_is_brought_forward_with_everything_in_it() {
     open(new.path()).close();
     assert_eq!(shape(&path), shape(&new.path().join("outbox.db")));
 }
+
+/// A reader would keep the write-ahead log from being reset: it grows for as long as the reader stays.
+#[test]
+fn no_other_program_can_read_the_database_and_make_its_log_grow() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut store = open(folder.path());
+    let reader = rusqlite::Connection::open(folder.path().join("outbox.db")).unwrap();
+    reader.busy_timeout(Duration::ZERO).unwrap();
+    let mut longest = 0;
+    for commit in 0..400 {
+        let refused = reader.query_row("SELECT count(*) FROM segment", [], |row| row.get::<_, i64>(0));
+        assert!(refused.unwrap_err().to_string().contains("locked"), "at commit {commit}");
+        accept(&mut store, texts("t", Qos::AtLeastOnce, 0..500));
+        let log = std::fs::metadata(folder.path().join("outbox.db-wal")).unwrap().len();
+        longest = longest.max(log);
+    }
+    println!("after 200,000 messages the log never was longer than {longest} bytes");
+    assert!(longest < 2 << 20, "{longest}");
+}
