@@ -105,7 +105,9 @@ pub async fn run_dry(config: Config, readings: mpsc::Sender<Reading>) -> Result<
     for line in &config.modbus {
         let line = modbus_line(&config, line);
         let (status, _) = watch::channel(LineStatus::of(&line));
-        lines.spawn(modbus::run(line, readings.clone(), status, Arc::clone(&stats), stopped.clone()));
+        let ((_, writes), (written, _)) = (mpsc::channel(1), mpsc::channel(1)); // nobody writes here
+        let (readings, stats, stop) = (readings.clone(), Arc::clone(&stats), stopped.clone());
+        lines.spawn(modbus::run(line, readings, writes, written, status, stats, stop));
     }
     tokio::select! {
         () = signals.next() => {}
@@ -186,7 +188,8 @@ impl Agent {
             let (status, state) = watch::channel(LineStatus::of(&line));
             line_states.push(state);
             let (readings, stats, stop) = (readings.clone(), Arc::clone(&stats), lines_stopped.clone());
-            lines.spawn(modbus::run(line, readings, status, stats, stop));
+            let ((_, writes), (written, _)) = (mpsc::channel(1), mpsc::channel(1));
+            lines.spawn(modbus::run(line, readings, writes, written, status, stats, stop));
         }
 
         let mut pipeline = JoinSet::new();
@@ -386,6 +389,7 @@ fn modbus_line(config: &Config, line: &config::ModbusLine) -> Line {
             address: point.address,
             encoding: point.encoding.clone(),
             every: point.every,
+            writable: point.writable,
         }
     };
     let unit = |unit: &config::ModbusUnit| Unit {

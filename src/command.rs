@@ -36,14 +36,16 @@ pub struct Written {
 /// The ends a write can come to.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Outcome {
-    /// The device confirmed it, and what was read back afterwards is this value: the one that was asked for, as
-    /// closely as the register can hold it.
+    /// What was read back afterwards is this value: the one that was asked for, as closely as the register can hold
+    /// it. The device confirmed the request, or its reply was lost; then the value may have been there before, but the
+    /// state is the one that was asked for.
     Done {
         /// What was read back.
         read_back: Value,
     },
-    /// Certainly not carried out: nothing was sent, the device refused, or it took the request and reads back as
-    /// something else.
+    /// Certainly not so: nothing was sent, the device refused before it acted, or it confirmed the request and reads
+    /// back as something else. Only the last has a `read_back`, and there the device may have acted in between: a
+    /// coil that resets itself reads back as off.
     Failed {
         /// Why, in words.
         reason: String,
@@ -52,7 +54,7 @@ pub enum Outcome {
     },
     /// Its time was over before it could begin; nothing was sent.
     Expired,
-    /// The request was sent, and neither a reply nor reading back told whether it was carried out.
+    /// The request was sent, and neither the reply nor reading back told whether it was carried out, or will be.
     Unknown {
         /// Why, in words.
         reason: String,

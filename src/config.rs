@@ -20,8 +20,8 @@ use std::time::Duration;
 
 use crate::message::Topic;
 use crate::policy::Reporting;
-use crate::source::modbus::Space;
 use crate::source::modbus::register::Encoding;
+use crate::source::modbus::{Space, Writable};
 use crate::uplink::packet::Protocol;
 
 pub use crate::source::modbus::{Parity, SerialPort, Transport};
@@ -163,6 +163,8 @@ pub struct Point {
     pub encoding: Encoding,
     /// How often it is read. Default 1 s; 50 ms to 1 d.
     pub every: Duration,
+    /// What may be written to it. Default: nothing.
+    pub writable: Option<Writable>,
     /// How it is reported.
     pub report: Reporting,
 }

@@ -71,7 +71,7 @@ const LAYERS: &[Layer] = &[
     Layer {
         name: "edge: sources",
         files: &["source", "source/modbus", "source/modbus/*"],
-        may: &["clock", "point", "stats", "source"],
+        may: &["clock", "command", "point", "stats", "source"],
         pure: false,
     },
     Layer {
@@ -140,6 +140,7 @@ const LAYERS: &[Layer] = &[
             "source::modbus::SerialPort",
             "source::modbus::Space",
             "source::modbus::Transport",
+            "source::modbus::Writable",
             "source::modbus::register",
             "store::WhenFull",
             "turn::OnSessionLoss",

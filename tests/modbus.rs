@@ -13,10 +13,11 @@ mod pty;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use device::{Answer, Asked, TcpDevice, slow_rtu_unit};
+use fieldpost::command::{Outcome, Ticket};
 use fieldpost::point::{Fault, PointIndex, Sample, Value};
 use fieldpost::source::modbus::register::{Kind, Order};
 use fieldpost::source::modbus::{LateReplies, LinePoint, Space, Transport};
@@ -332,4 +333,197 @@ async fn a_line_stops_when_asked_even_while_it_waits_for_a_reply() {
     running.status_that("is up", |status| status.up).await;
     running.stop.send(true).unwrap();
     tokio::time::timeout(harness::PATIENCE, running.task).await.unwrap().unwrap();
+}
+
+/// A coil, a u16, an i32 with swapped words and a scaled f32, written and read back.
+async fn writes_are_read_back(transport: Transport) {
+    let mut points = vec![
+        point(0, Space::Coil, 1, Kind::Bool, Order::Abcd),
+        holding(1, 0),
+        point(2, Space::Holding, 18, Kind::I32, Order::Cdab),
+        point(3, Space::Holding, 14, Kind::F32, Order::Abcd),
+        point(4, Space::Input, 0, Kind::U16, Order::Abcd),
+    ];
+    points[3].encoding.scale = Some(0.1);
+    let mut running = Running::new(line(transport, 2_000, vec![unit(1, points)]));
+    let table = [
+        (0, Value::Bool(true)),
+        (0, Value::Bool(false)),
+        (1, Value::Integer(777)),
+        (2, Value::Integer(-123_456)),
+        (3, Value::Float(23.01)),
+    ];
+    for (point, value) in table {
+        let done = Outcome::Done { read_back: value.clone() };
+        assert_eq!(running.write(point, value.clone()).await, done, "point {point}");
+        let index = PointIndex(point);
+        let polled = |s: &Sample| s.point == index && s.value.as_ref() == Ok(&value);
+        running.sample_that("holds what was written", polled, |_| ()).await;
+    }
+    let nearest = Outcome::Done { read_back: Value::Integer(3) };
+    assert_eq!(running.write(1, Value::Float(2.5)).await, nearest);
+    for (point, value) in [
+        (0, Value::Integer(1)),
+        (1, Value::Integer(65_536)),
+        (1, Value::Integer(2_000_000_000)),
+        (4, Value::Integer(1)),
+        (5, Value::Integer(1)),
+    ] {
+        let outcome = running.write(point, value).await;
+        let Outcome::Failed { reason, read_back: None } = outcome else { panic!("{outcome:?}") };
+        assert!(reason.starts_with("nothing was sent: "), "{reason}");
+    }
+}
+
+#[tokio::test]
+async fn writes_of_every_kind_are_read_back_over_tcp() {
+    let server = Server::tcp(0).await;
+    writes_are_read_back(tcp(server.port)).await;
+}
+
+#[tokio::test]
+async fn writes_of_every_kind_are_read_back_over_rtu() {
+    let cable = Cable::new();
+    let _server = Server::rtu(&cable.there).await;
+    writes_are_read_back(rtu(&cable.here)).await;
+}
+
+/// A device with one register that counts the writes it gets and answers them by `reply`.
+async fn register_device(
+    reply: impl Fn(Asked, &AtomicU16) -> Answer + Send + Sync + 'static,
+) -> (TcpDevice, Arc<AtomicUsize>) {
+    let (register, writes) = (AtomicU16::new(5), Arc::new(AtomicUsize::new(0)));
+    let count = Arc::clone(&writes);
+    let device = TcpDevice::new(move |asked: Asked| {
+        if asked.function == 6 {
+            count.fetch_add(1, Ordering::Relaxed);
+            return reply(asked, &register);
+        }
+        asked.registers(&[register.load(Ordering::Relaxed)])
+    })
+    .await;
+    (device, writes)
+}
+
+async fn outcome_of_writing_seven(
+    reply: impl Fn(Asked, &AtomicU16) -> Answer + Send + Sync + 'static,
+) -> Outcome {
+    let (device, writes) = register_device(reply).await;
+    let mut running = Running::new(line(tcp(device.port), 300, vec![unit(1, vec![holding(0, 9)])]));
+    running.good(0).await;
+    let outcome = running.write(0, Value::Integer(7)).await;
+    for _ in 0..3 {
+        running.good(0).await;
+    }
+    assert_eq!(writes.load(Ordering::Relaxed), 1, "sent exactly once: {outcome:?}");
+    outcome
+}
+
+#[tokio::test]
+async fn a_write_is_sent_once_whatever_becomes_of_it() {
+    let carry_out = |asked: Asked, register: &AtomicU16| register.store(asked.count, Ordering::Relaxed);
+    let done = Outcome::Done { read_back: Value::Integer(7) };
+    let cut_after = move |asked: Asked, register: &AtomicU16| {
+        carry_out(asked, register);
+        Answer::Cut
+    };
+    assert_eq!(outcome_of_writing_seven(cut_after).await, done);
+    let unknown = |outcome: &Outcome| matches!(outcome, Outcome::Unknown { .. });
+    let failed = |outcome: &Outcome| matches!(outcome, Outcome::Failed { read_back: None, .. });
+    for outcome in [
+        outcome_of_writing_seven(|_, _| Answer::Cut).await,
+        outcome_of_writing_seven(|_, _| Answer::Silence).await,
+        outcome_of_writing_seven(|asked, _| asked.exception(4)).await,
+        outcome_of_writing_seven(|asked, _| asked.exception(5)).await,
+        outcome_of_writing_seven(|asked, _| asked.exception(0x0B)).await,
+        outcome_of_writing_seven(|asked, _| Answer::Pdu(vec![asked.function, 0, 9, 0, 8])).await,
+    ] {
+        assert!(unknown(&outcome), "{outcome:?}");
+    }
+    for code in [1, 2, 3, 6, 0x0A] {
+        let outcome = outcome_of_writing_seven(move |asked, _| asked.exception(code)).await;
+        assert!(failed(&outcome), "{outcome:?}");
+    }
+    let ignored = outcome_of_writing_seven(|asked, _| asked.echo()).await;
+    assert!(matches!(ignored, Outcome::Failed { read_back: Some(Value::Integer(5)), .. }), "{ignored:?}");
+}
+
+#[tokio::test]
+async fn a_write_whose_reply_is_late_on_a_serial_line_is_unknown_and_no_poll_is_wrong() {
+    let pty = Pty::new();
+    let line = line(rtu(&pty.path), 200, vec![unit(1, vec![holding(0, 200)])]);
+    let late = |asked: Asked| Duration::from_millis(if asked.function == 6 { 350 } else { 20 });
+    let device = tokio::spawn(slow_rtu_unit(pty, late));
+    let mut running = Running::new(line);
+    running.good(0).await;
+    let outcome = running.write(0, Value::Integer(7)).await;
+    let Outcome::Unknown { reason } = outcome else { panic!("{outcome:?}") };
+    assert!(reason.contains("no answer within") && reason.contains("reads back as 200"), "{reason}");
+    for _ in 0..5 {
+        assert_eq!(running.good(0).await, Value::Integer(200));
+    }
+    device.abort();
+}
+
+#[tokio::test]
+async fn a_write_to_a_line_or_unit_that_is_gone_has_failed_and_one_that_is_too_late_is_not_begun() {
+    let mut running = Running::new(line(tcp(1), 300, vec![unit(1, vec![holding(0, 9)])]));
+    let outcome = running.write(0, Value::Integer(7)).await;
+    let Outcome::Failed { reason, .. } = outcome else { panic!("{outcome:?}") };
+    assert!(reason.contains("Connection refused"), "{reason}");
+    let silent = TcpDevice::new(|_| Answer::Silence).await;
+    let mut running = Running::new(line(tcp(silent.port), 50, vec![unit(1, vec![holding(0, 9)])]));
+    let outcome = running.write(0, Value::Integer(7)).await;
+    assert!(matches!(outcome, Outcome::Failed { .. }), "{outcome:?}");
+
+    let (device, writes) = register_device(|asked, _| asked.echo()).await;
+    let mut running = Running::new(line(tcp(device.port), 300, vec![unit(1, vec![holding(0, 9)])]));
+    let (ticket, value) = (Ticket(9), Value::Integer(7));
+    let late = fieldpost::command::Write { ticket, point: PointIndex(0), value, not_after_mono_ms: Some(1) };
+    running.writes.send(late).await.unwrap();
+    let written = tokio::time::timeout(harness::PATIENCE, running.written.recv()).await.unwrap().unwrap();
+    assert_eq!((written.ticket, written.outcome), (ticket, Outcome::Expired));
+    assert_eq!(writes.load(Ordering::Relaxed), 0);
+}
+
+#[tokio::test]
+async fn polls_go_on_during_a_flood_of_writes() {
+    let (device, writes) = register_device(|asked, register| {
+        register.store(asked.count, Ordering::Relaxed);
+        asked.echo()
+    })
+    .await;
+    let points = vec![holding(0, 9), holding(1, 20)];
+    let Running { mut readings, writes: to_line, mut written, status, stop, stats, .. } =
+        Running::new(line(tcp(device.port), 1_000, vec![unit(1, points)]));
+    let flood = tokio::spawn(async move {
+        for n in 0u16.. {
+            let (ticket, value) = (Ticket(n.into()), Value::Integer(n.into()));
+            let point = PointIndex(0);
+            let write = fieldpost::command::Write { ticket, point, value, not_after_mono_ms: None };
+            if to_line.send(write).await.is_err() {
+                break;
+            }
+        }
+    });
+    let answered = tokio::spawn(async move {
+        let (mut next, mut done) = (0, 0);
+        while let Some(written) = written.recv().await {
+            assert_eq!(written.ticket, Ticket(next), "outcomes come in order, each once");
+            next += 1;
+            done += usize::from(matches!(written.outcome, Outcome::Done { .. }));
+        }
+        done
+    });
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(3);
+    while let Ok(Some(_)) = tokio::time::timeout_at(deadline, readings.recv()).await {}
+    let polls = status.borrow().units[0].polls;
+    stop.send(true).unwrap();
+    let done = tokio::time::timeout(harness::PATIENCE, answered).await.unwrap().unwrap();
+    flood.await.unwrap();
+    let sent = writes.load(Ordering::Relaxed);
+    let (skipped, overrun) = (stats.polls_skipped.get(), stats.readings_overrun.get());
+    println!("{polls} of 30 polls in 3 s beside {done} writes, {skipped} skipped, {overrun} overrun");
+    assert!(polls >= 25, "{polls} of 30 polls in 3 s beside {done} writes");
+    assert!(done >= 30 && sent.abs_diff(done) <= 1, "{done} writes done, {sent} sent");
 }

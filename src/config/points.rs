@@ -3,16 +3,16 @@
 use super::Point;
 use super::check::render_topic;
 use super::modbus::{Defaults, Seen};
-use super::raw::Value;
+use super::raw::{Value, WRITABLE};
 use super::read::{Placed, Section, Walk};
 use super::value::{self, Complaint};
 use crate::message::Topic;
-use crate::point::PointId;
+use crate::point::{PointId, Value as Number};
 use crate::policy::Reporting;
 use crate::policy::deadband::Deadband;
 use crate::policy::topic::Names;
-use crate::source::modbus::Space;
 use crate::source::modbus::register::{Encoding, Kind, Order};
+use crate::source::modbus::{Space, Writable};
 
 const UNIT_CHARACTERS_MAX: usize = 32;
 
@@ -46,6 +46,7 @@ pub(super) fn point(
 ) -> Point {
     let (space, address) = register(walk, section);
     let encoding = encoding(walk, section, space, address);
+    let writable = writable(walk, section, space, &encoding);
     let unit = walk.get(section, "unit", unit_of_measure).map(|unit| unit.value);
     let topic = topic(walk, section, &id, defaults, seen);
     let deadband = match (defaults.deadband, encoding.kind) {
@@ -70,6 +71,7 @@ pub(super) fn point(
         address: address.map_or(0, |address| address.value),
         encoding,
         every: defaults.every,
+        writable,
         report,
     }
 }
@@ -159,6 +161,63 @@ fn scale(walk: &mut Walk<'_>, section: Section<'_>, kind: Kind) -> Option<f64> {
         );
     }
     Some(scale.value)
+}
+
+/// `true` for a coil, a range for holding registers. What may be written is never guessed: a range has both ends.
+fn writable(
+    walk: &mut Walk<'_>,
+    section: Section<'_>,
+    space: Space,
+    encoding: &Encoding,
+) -> Option<Writable> {
+    const RANGE: &str = "write the range that is safe, such as writable = { min = 0, max = 100 }";
+    let node = &section.table.get("writable")?.node;
+    let complaint = match (space, &node.value) {
+        (_, Value::Bool(false)) => return None,
+        (Space::DiscreteInput | Space::Input, _) => Complaint::new(format!(
+            "`writable`: only coils and holding registers can be written, this is \"{space}\""
+        ))
+        .help("remove it"),
+        (Space::Coil, Value::Bool(true)) => return Some(Writable::Coil),
+        (Space::Coil, found) => Complaint {
+            message: format!("`writable`: a coil has no range: expected true or false, found {found}"),
+            help: Some("write writable = true".to_owned()),
+        },
+        (Space::Holding, Value::Table(_)) => {
+            let range = walk.table(node, &WRITABLE)?;
+            let bound = |walk: &mut Walk<'_>, key| {
+                walk.need(range, key, |value| within(value, encoding)).map(|bound| bound.value)
+            };
+            let (min, max) = (bound(walk, "min"), bound(walk, "max"));
+            let (min, max) = (min?, max?);
+            if min <= max {
+                return Some(Writable::Range { min, max });
+            }
+            Complaint::new(format!("`writable`: min is {min} and max is {max}")).help("swap them")
+        }
+        (Space::Holding, found) => {
+            Complaint::new(format!("`writable`: expected a range, found {found}")).help(RANGE)
+        }
+    };
+    walk.wrong(node.place, complaint);
+    None
+}
+
+/// A bound that the registers can hold: rounding to their steps then never leads out of the range.
+fn within(value: &Value, encoding: &Encoding) -> Result<f64, Complaint> {
+    const ROUNDING: f64 = 1e-9;
+    let number = match value {
+        Value::Integer(number) => *number as f64,
+        Value::Float(number) => *number,
+        other => return Err(value::expected("a number in the point's own unit", other)),
+    };
+    let words = encoding.encode(&Number::Float(number)).map_err(|unfit| Complaint::new(unfit.to_string()))?;
+    match encoding.decode(&words) {
+        Ok(nearest) if (nearest.as_f64() - number).abs() <= ROUNDING * number.abs() => Ok(number),
+        Ok(nearest) => Err(Complaint::new(format!("{number} is between two steps of the register"))
+            .help(format!("the nearest value it can hold is {nearest}"))),
+        Err(fault) => Err(Complaint::new(fault.to_string())),
+    }
 }
 
 fn unit_of_measure(value: &Value) -> Result<String, Complaint> {

@@ -200,6 +200,7 @@ pub(super) const POINT: Keys = Keys {
         known("order", "order = \"abcd\"", &["byte_order", "word_order", "endian", "byteorder"]),
         known("scale", "scale = 0.01", &["factor", "multiplier"]),
         known("unit", "unit = \"kWh\"", &["units"]),
+        known("writable", "writable = true", &["write", "writeable", "access"]),
         EVERY,
         QOS,
         RETAIN,
@@ -211,9 +212,18 @@ pub(super) const POINT: Keys = Keys {
     ],
 };
 
+/// What may be written to a point.
+pub(super) const WRITABLE: Keys = Keys {
+    header: "writable",
+    keys: &[
+        known("min", "min = 0", &["minimum", "low", "from"]),
+        known("max", "max = 100", &["maximum", "high", "to"]),
+    ],
+};
+
 /// Every table that a file can hold.
-pub(super) const TABLES: [&Keys; 9] =
-    [&ROOT, &GATEWAY, &BROKER, &STORE, &COMMIT_INTERVAL, &CONTROL, &LINE, &UNIT, &POINT];
+pub(super) const TABLES: [&Keys; 10] =
+    [&ROOT, &GATEWAY, &BROKER, &STORE, &COMMIT_INTERVAL, &CONTROL, &LINE, &UNIT, &POINT, &WRITABLE];
 
 /// A value and where it stands.
 #[derive(Debug, Clone, PartialEq)]

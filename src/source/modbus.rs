@@ -1,9 +1,10 @@
-//! Modbus: the reads of a line (`plan`), what the registers mean (`register`), the wire (`client`), and the
-//! task that owns a line and joins them (`line`).
+//! Modbus: the reads of a line (`plan`), what the registers mean (`register`), the wire (`client`), what is asked
+//! to be written (`desk`), and the task that owns a line and joins them (`line`).
 //!
 //! Here stands what a line is made of and what it reports about itself. Nothing here knows the configuration.
 
 pub mod client;
+pub mod desk;
 pub mod line;
 pub mod plan;
 pub mod register;
@@ -14,7 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::clock::Stamp;
-use crate::point::PointIndex;
+use crate::point::{PointIndex, Value};
 pub use line::run;
 use register::Encoding;
 
@@ -90,6 +91,39 @@ pub struct LinePoint {
     pub encoding: Encoding,
     /// How often it is read; at least 1 ms.
     pub every: Duration,
+    /// What may be written to it; `None`: nothing.
+    pub writable: Option<Writable>,
+}
+
+/// What may be written to a point.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Writable {
+    /// A coil: both of its values.
+    Coil,
+    /// Holding registers: numbers in this range, in the point's own unit. Both bounds can be held by the registers,
+    /// so that rounding to the nearest step never leads out of it.
+    Range {
+        /// The least.
+        min: f64,
+        /// The most.
+        max: f64,
+    },
+}
+
+impl Writable {
+    /// Whether this value may be written.
+    ///
+    /// # Errors
+    /// Why not, in words.
+    pub fn check(self, value: &Value) -> Result<(), String> {
+        match (self, value) {
+            (Writable::Coil, Value::Bool(_)) => Ok(()),
+            (Writable::Coil, _) => Err(format!("{value} is not true or false")),
+            (Writable::Range { .. }, Value::Bool(_)) => Err(format!("{value} is not a number")),
+            (Writable::Range { min, max }, _) if (min..=max).contains(&value.as_f64()) => Ok(()),
+            (Writable::Range { min, max }, _) => Err(format!("{value} is not within {min} to {max}")),
+        }
+    }
 }
 
 /// How a line is reached.

@@ -40,6 +40,11 @@ impl Asked {
         self.registers(&registers)
     }
 
+    /// The confirmation of a write to one coil or register, whose value stands where a read has its count.
+    pub fn echo(self) -> Answer {
+        Answer::Pdu([&[self.function][..], &self.address.to_be_bytes(), &self.count.to_be_bytes()].concat())
+    }
+
     pub fn exception(self, code: u8) -> Answer {
         Answer::Pdu(vec![self.function | 0x80, code])
     }
@@ -49,6 +54,8 @@ impl Asked {
 pub enum Answer {
     Pdu(Vec<u8>),
     Silence,
+    /// Closes the connection.
+    Cut,
     /// Answers and closes the connection.
     Last(Vec<u8>),
 }
@@ -92,6 +99,7 @@ async fn serve(mut stream: TcpStream, behaviour: &(impl Fn(Asked) -> Answer + Sy
             Answer::Pdu(pdu) => (pdu, false),
             Answer::Last(pdu) => (pdu, true),
             Answer::Silence => continue,
+            Answer::Cut => return None,
         };
         let mut reply = request[..4].to_vec();
         reply.extend((pdu.len() as u16 + 1).to_be_bytes());
@@ -117,7 +125,8 @@ pub async fn slow_rtu_unit(pty: Pty, delay: impl Fn(Asked) -> Duration) {
         let asked = Asked::parse(request[0], &request[1..6]);
         assert_eq!(crc(&request[..6]), request[6..8], "a request with a wrong CRC: {request:02x?}");
         device_time(delay(asked)).await;
-        let Answer::Pdu(pdu) = asked.addresses() else { continue };
+        let answer = if asked.function == 6 { asked.echo() } else { asked.addresses() };
+        let Answer::Pdu(pdu) = answer else { continue };
         let mut reply = vec![request[0]];
         reply.extend(pdu);
         reply.extend(crc(&reply));

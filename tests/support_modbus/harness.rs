@@ -5,10 +5,12 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
+use fieldpost::clock;
+use fieldpost::command::{Outcome, Ticket, Write, Written};
 use fieldpost::point::{Fault, PointIndex, Reading, Sample, Value};
 use fieldpost::source::modbus::register::{Encoding, Kind, Order};
 use fieldpost::source::modbus::{
-    self, LateReplies, Line, LinePoint, LineStatus, Parity, SerialPort, Space, Transport, Unit,
+    self, LateReplies, Line, LinePoint, LineStatus, Parity, SerialPort, Space, Transport, Unit, Writable,
 };
 use fieldpost::stats::Stats;
 use tokio::io::{AsyncBufReadExt, BufReader};
@@ -23,6 +25,8 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 /// A line that is being polled.
 pub struct Running {
     pub readings: mpsc::Receiver<Reading>,
+    pub writes: mpsc::Sender<Write>,
+    pub written: mpsc::Receiver<Written>,
     pub status: watch::Receiver<LineStatus>,
     pub stats: Arc<Stats>,
     pub stop: watch::Sender<bool>,
@@ -39,8 +43,27 @@ impl Running {
         let (status_to, status) = watch::channel(LineStatus::of(&line));
         let (stop, stopped) = watch::channel(false);
         let stats = Arc::new(Stats::default());
-        let task = tokio::spawn(modbus::run(line, readings_to, status_to, Arc::clone(&stats), stopped));
-        Running { readings, status, stats, stop, task }
+        let (writes, to_write) = mpsc::channel(16);
+        let (outcomes, written) = mpsc::channel(16);
+        let counters = Arc::clone(&stats);
+        let run = modbus::run(line, readings_to, to_write, outcomes, status_to, counters, stopped);
+        let task = tokio::spawn(run);
+        Running { readings, writes, written, status, stats, stop, task }
+    }
+
+    /// Writes to this point and waits for what became of it.
+    pub async fn write(&mut self, point: usize, value: Value) -> Outcome {
+        self.ask_to_write(1, point, value).await;
+        let written = timeout(PATIENCE, self.written.recv()).await.unwrap().unwrap();
+        assert_eq!(written.ticket, Ticket(1));
+        assert!(written.at <= clock::now());
+        written.outcome
+    }
+
+    pub async fn ask_to_write(&self, ticket: u64, point: usize, value: Value) {
+        let point = PointIndex(point);
+        let write = Write { ticket: Ticket(ticket), point, value, not_after_mono_ms: None };
+        self.writes.send(write).await.unwrap();
     }
 
     /// The next sample of this point that is as wished; all samples on the way go to `seen`.
@@ -132,6 +155,11 @@ pub fn point(index: usize, space: Space, address: u16, kind: Kind, order: Order)
         address,
         encoding: Encoding { kind, order, scale: None },
         every: Duration::from_millis(100),
+        writable: match space {
+            Space::Coil => Some(Writable::Coil),
+            Space::Holding => Some(Writable::Range { min: -1e9, max: 1e9 }),
+            Space::DiscreteInput | Space::Input => None,
+        },
     }
 }
 

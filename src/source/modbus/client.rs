@@ -1,9 +1,10 @@
-//! The wire of one Modbus line: opens it, sends one read at a time, checks the reply, gets back in step after
+//! The wire of one Modbus line: opens it, sends one request at a time, checks the reply, gets back in step after
 //! a reply that did not come. The only file that knows tokio-modbus and tokio-serial.
 //!
 //! Invariant: a reply is handed out only for the request it answers, and only with the length that was asked
 //! for. Whatever else arrives is thrown away, and the line is silent or reconnected before the next request.
 
+use std::borrow::Cow;
 use std::io;
 use std::pin::Pin;
 use std::task::{Context as TaskContext, Poll, ready};
@@ -19,6 +20,7 @@ use tokio_modbus::{Error, ProtocolError, Request, Response, Slave};
 use tokio_serial::{ClearBuffer, SerialPort as _, SerialStream};
 
 use super::plan::Read;
+use super::register::Words;
 use super::{LateReplies, Line, Parity, SerialPort, Space, Transport};
 use crate::point::Fault;
 
@@ -40,7 +42,7 @@ pub enum Data {
     Registers(Vec<u16>),
 }
 
-/// Why a read gave no data, by what it says about the unit and the line.
+/// Why a request had no success, by what it says about the unit and the line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Failure {
     /// The unit answered with this exception code: it is alive.
@@ -126,29 +128,60 @@ impl Client {
         }
     }
 
+    /// Sends one write, once, and waits for its confirmation. The shortest function that takes the words is used:
+    /// 5 for a coil, 6 for one register, 16 for two, because half of a 32-bit value is a wrong one.
+    ///
+    /// # Errors
+    /// See [`Failure`]; unless [`Self::down`] before, the request may have been carried out. Afterwards the line is
+    /// in step again, or [`Self::down`].
+    pub async fn write(&mut self, unit: u8, address: u16, words: Words) -> Result<(), Failure> {
+        const LONGEST_REQUEST_AND_REPLY: u32 = 13 + 8;
+        let patience = self.timeout + self.on_the_wire(LONGEST_REQUEST_AND_REPLY);
+        let request = match words {
+            Words::Bit(bit) => Request::WriteSingleCoil(address, bit),
+            Words::One(register) => Request::WriteSingleRegister(address, register),
+            Words::Two(registers) => Request::WriteMultipleRegisters(address, Cow::Owned(registers.to_vec())),
+        };
+        let reply = self.exchange(unit, request, patience).await;
+        let outcome = reply.and_then(|response| {
+            confirmed(&response, address, words).map_err(|what| Failure::Wrong(Fault::BadReply { what }))
+        });
+        self.settle(outcome).await
+    }
+
     async fn attempt(&mut self, unit: u8, read: &Read) -> Result<Data, Failure> {
+        let reply = self.exchange(unit, request(read), self.patience(read)).await;
+        let outcome = reply.and_then(|response| {
+            checked(response, read).map_err(|what| Failure::Wrong(Fault::BadReply { what }))
+        });
+        self.settle(outcome).await
+    }
+
+    /// Sends one request and waits for its reply; [`Self::settle`] must follow.
+    async fn exchange(
+        &mut self,
+        unit: u8,
+        request: Request<'static>,
+        patience: Duration,
+    ) -> Result<Response, Failure> {
         self.wait_for_gap().await;
-        let patience = self.patience(read);
         let context = match &mut self.link {
             Link::Tcp(context) | Link::Rtu(context, _) => context,
             Link::Down(why) => return Err(Failure::Broken(why.clone())),
         };
         context.set_slave(Slave(unit));
-        let reply = timeout(patience, context.call(request(read))).await;
+        let reply = timeout(patience, context.call(request)).await;
         self.last_activity = Instant::now();
-        let outcome = match reply {
+        match reply {
             Err(_) => Err(Failure::Silent(Fault::Timeout { waited_ms: patience.as_millis() as u64 })),
             Ok(Err(error)) => Err(self.failure(error)),
             Ok(Ok(Err(exception))) => Err(refusal(exception.into())),
-            Ok(Ok(Ok(response))) => {
-                checked(response, read).map_err(|what| Failure::Wrong(Fault::BadReply { what }))
-            }
-        };
-        self.settle(outcome).await
+            Ok(Ok(Ok(response))) => Ok(response),
+        }
     }
 
     /// Brings the line back in step after `outcome`.
-    async fn settle(&mut self, outcome: Result<Data, Failure>) -> Result<Data, Failure> {
+    async fn settle<T>(&mut self, outcome: Result<T, Failure>) -> Result<T, Failure> {
         match &outcome {
             Ok(_) | Err(Failure::Refused(_) | Failure::Silent(Fault::Exception { .. })) => self.proven = true,
             Err(Failure::Broken(why)) => self.close(why),
@@ -368,6 +401,19 @@ fn checked(response: Response, read: &Read) -> Result<Data, String> {
     }
 }
 
+/// Whether the reply repeats the request, as it must (V1.1b3, 6.5, 6.6, 6.12).
+fn confirmed(response: &Response, address: u16, words: Words) -> Result<(), String> {
+    let repeats = match (response, words) {
+        (Response::WriteSingleCoil(at, coil), Words::Bit(bit)) => (*at, *coil) == (address, bit),
+        (Response::WriteSingleRegister(at, word), Words::One(register)) => {
+            (*at, *word) == (address, register)
+        }
+        (Response::WriteMultipleRegisters(at, count), Words::Two(_)) => (*at, *count) == (address, 2),
+        _ => false,
+    };
+    if repeats { Ok(()) } else { Err(format!("it does not repeat the write, but says {response:?}")) }
+}
+
 /// A TCP connection whose end is an error that says so; tokio-modbus reports it as whatever error the thread
 /// saw last.
 #[derive(Debug)]
@@ -493,6 +539,25 @@ mod tests {
                 good,
                 "{response:?} for {count}"
             );
+        }
+    }
+
+    #[test]
+    fn only_a_reply_that_repeats_the_write_confirms_it() {
+        let table = [
+            (Response::WriteSingleCoil(7, true), Words::Bit(true), true),
+            (Response::WriteSingleCoil(7, false), Words::Bit(true), false),
+            (Response::WriteSingleCoil(8, true), Words::Bit(true), false),
+            (Response::WriteSingleRegister(7, 5), Words::One(5), true),
+            (Response::WriteSingleRegister(7, 6), Words::One(5), false),
+            (Response::WriteSingleRegister(8, 5), Words::One(5), false),
+            (Response::WriteMultipleRegisters(7, 2), Words::Two([1, 2]), true),
+            (Response::WriteMultipleRegisters(7, 1), Words::Two([1, 2]), false),
+            (Response::WriteMultipleRegisters(7, 1), Words::One(5), false),
+            (Response::ReadHoldingRegisters(vec![5]), Words::One(5), false),
+        ];
+        for (response, words, good) in table {
+            assert_eq!(confirmed(&response, 7, words).is_ok(), good, "{response:?} for {words:?}");
         }
     }
 

@@ -1,7 +1,9 @@
-//! The task of one Modbus line: polls what is due, hands on readings, reopens the line when it broke.
+//! The task of one Modbus line: polls what is due, hands on readings, carries out writes, reopens the line when
+//! it broke.
 //!
 //! Invariant (P7, P9): every due point yields exactly one sample, fresh or bad, and none waits for a reader:
-//! a reading that does not fit the channel is counted and dropped.
+//! a reading that does not fit the channel is counted and dropped. A write is sent at most once (P8); between two
+//! requests of polls that are due stands at most one write.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -9,14 +11,17 @@ use std::sync::Arc;
 
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, watch};
-use tokio::time::{Duration, Instant, sleep_until};
+use tokio::time::{Duration, Instant, sleep_until, timeout};
 use tracing::{debug, info, warn};
 
 use super::client::{Client, Data, Failure};
+use super::desk::{self, Desk, not_sent};
 use super::plan::{self, Limits, Part, Read, Want};
+use super::register::Words;
 use super::{Line, LinePoint, LineStatus, Transport};
 use crate::clock::{self, Stamp};
-use crate::point::{Fault, Reading, Sample, Value};
+use crate::command::{Outcome as Ending, Write, Written};
+use crate::point::{Fault, PointIndex, Reading, Sample, Value};
 use crate::source::schedule::{Attempt, Breaker, Due, Schedule};
 use crate::stats::Stats;
 
@@ -26,27 +31,42 @@ const FIRST_REOPEN_MS: u64 = 500;
 const LONGEST_REOPEN_SERIAL_MS: u64 = 4_000;
 /// The longest pause before a server is connected to again.
 const LONGEST_REOPEN_TCP_MS: u64 = 30_000;
+/// How long a write under way may still take when the agent stops.
+const LAST_WRITE: Duration = Duration::from_secs(1);
 
 /// Polls the line until `stop` holds `true` or its sender is gone, or until nobody takes readings any more.
 ///
 /// One [`Reading`] is sent for each unit and interval that is due. When the channel is full the reading is
 /// counted in [`Stats::readings_overrun`] and dropped. `status` is updated after every poll and every change
-/// of the line. A request that is under way when `stop` comes is given up.
+/// of the line. A poll that is under way when `stop` comes is given up.
+///
+/// Writes go before polls: one waits for the request under way, and behind another write for one request of a poll.
+/// The point is read before a write, so that a stale connection or a silent unit is found while nothing has been sent,
+/// and right after it. Each write that is taken gets one [`Written`]; none is taken while `written` has no room, and a
+/// closed channel only means that there are none. When `stop` comes the write under way has a second to finish.
 pub async fn run(
     line: Line,
     readings: mpsc::Sender<Reading>,
+    writes: mpsc::Receiver<Write>,
+    written: mpsc::Sender<Written>,
     status: watch::Sender<LineStatus>,
     stats: Arc<Stats>,
     mut stop: watch::Receiver<bool>,
 ) {
-    let mut task = Task::new(line, readings, status, stats);
+    let desk = Desk::new(writes, written, stop.clone());
+    let mut busy = desk.busy();
+    let mut task = Task::new(line, desk, readings, status, stats);
     let stopped = async {
         let _stopped_or_gone = stop.wait_for(|stop| *stop).await.is_ok();
+        let idle = async { busy.wait_for(|busy| !busy).await.is_ok() };
+        let _in_time = timeout(LAST_WRITE, idle).await.is_ok();
     };
     tokio::select! {
+        biased; // so that nothing new is begun once the line may stop
         () = stopped => {}
         () = task.work() => {}
     }
+    task.desk.close();
 }
 
 struct Task {
@@ -58,6 +78,7 @@ struct Task {
     /// What the schedule's milliseconds count from.
     started: Instant,
     reopen: Reopen,
+    desk: Desk,
     readings: mpsc::Sender<Reading>,
     status: watch::Sender<LineStatus>,
     stats: Arc<Stats>,
@@ -143,6 +164,7 @@ impl Samples {
 impl Task {
     fn new(
         line: Line,
+        desk: Desk,
         readings: mpsc::Sender<Reading>,
         status: watch::Sender<LineStatus>,
         stats: Arc<Stats>,
@@ -170,6 +192,7 @@ impl Task {
             schedule: Schedule::new(&due, 0),
             started: Instant::now(),
             reopen: Reopen { failures: 0, at_ms: 0, longest_ms, said: None },
+            desk,
             readings,
             status,
             stats,
@@ -182,7 +205,10 @@ impl Task {
                 self.open().await;
             }
             match self.schedule.take(self.now_ms()) {
-                Some(due) => self.poll(due).await,
+                Some(due) => {
+                    self.poll(due).await;
+                    self.write_one().await;
+                }
                 None => self.wait().await,
             }
         }
@@ -193,13 +219,22 @@ impl Task {
         self.started.elapsed().as_millis() as u64
     }
 
-    /// Waits for the next thing that can be done without an event from outside.
+    /// Waits for the next thing to do; if that is a write, does it.
     async fn wait(&mut self) {
         let reopen = self.client.down().is_some().then_some(self.reopen.at_ms);
-        match [self.schedule.next_ms(), reopen].into_iter().flatten().min() {
-            Some(at_ms) => sleep_until(self.started + Duration::from_millis(at_ms)).await,
-            None => self.readings.closed().await,
-        }
+        let next_ms = [self.schedule.next_ms(), reopen].into_iter().flatten().min();
+        let (started, readings) = (self.started, &self.readings);
+        let due = async {
+            match next_ms {
+                Some(at_ms) => sleep_until(started + Duration::from_millis(at_ms)).await,
+                None => readings.closed().await,
+            }
+        };
+        let write = tokio::select! {
+            write = self.desk.take() => write,
+            () = due => return,
+        };
+        self.write(write).await;
     }
 
     async fn open(&mut self) {
@@ -277,6 +312,9 @@ impl Task {
         });
         let mut done = Vec::with_capacity(todo.len());
         while let Some(tracked) = todo.pop() {
+            if !done.is_empty() {
+                self.write_one().await;
+            }
             match self.read_one(due, tracked, samples).await {
                 Outcome::Done(tracked) => done.push(tracked),
                 Outcome::Split(left, right) => todo.extend([right, left]),
@@ -349,11 +387,17 @@ impl Task {
     async fn ask(&mut self, unit: usize, read: &Read) -> Result<Data, Failure> {
         let asked_ms = self.now_ms();
         let outcome = self.client.read(self.units[unit].id, read).await;
+        self.note(unit, asked_ms, outcome.as_ref().err());
+        outcome
+    }
+
+    /// Writes down what the outcome of a request says about unit and line.
+    fn note(&mut self, unit: usize, asked_ms: u64, failure: Option<&Failure>) {
         let now_ms = self.now_ms();
-        match &outcome {
-            Ok(_) | Err(Failure::Refused(_) | Failure::Wrong(_)) => self.unit_answered(unit),
-            Err(Failure::Silent(_)) => self.schedule.silent(unit, now_ms, now_ms - asked_ms),
-            Err(Failure::Broken(_)) => {}
+        match failure {
+            None | Some(Failure::Refused(_) | Failure::Wrong(_)) => self.unit_answered(unit),
+            Some(Failure::Silent(_)) => self.schedule.silent(unit, now_ms, now_ms - asked_ms),
+            Some(Failure::Broken(_)) => {}
         }
         if self.client.down().is_some() {
             self.line_is_down();
@@ -363,7 +407,103 @@ impl Task {
                 info!(line = %self.name, "up again");
             }
         }
-        outcome
+    }
+
+    /// Carries out one write, if one waits.
+    async fn write_one(&mut self) {
+        if let Some(write) = self.desk.try_take() {
+            self.write(write).await;
+        }
+    }
+
+    async fn write(&mut self, write: Write) {
+        let outcome = self.carry_out(&write).await;
+        let ticket = write.ticket.0;
+        match &outcome {
+            Ending::Done { read_back } => info!(line = %self.name, ticket, "written: {read_back}"),
+            Ending::Failed { reason, .. } => warn!(line = %self.name, ticket, "not written: {reason}"),
+            Ending::Expired => warn!(line = %self.name, ticket, "not written: it came too late"),
+            Ending::Unknown { reason } => warn!(line = %self.name, ticket, "perhaps written: {reason}"),
+        }
+        self.desk.finish(outcome);
+    }
+
+    /// Whether the unit is resting does not matter: somebody asked.
+    async fn carry_out(&mut self, write: &Write) -> Ending {
+        let Some((unit, point)) = self.point(write.point) else {
+            return not_sent("this line has no such point");
+        };
+        let Some(writable) = point.writable else { return not_sent("the point is not writable") };
+        if let Err(why) = writable.check(&write.value) {
+            return not_sent(why);
+        }
+        let words = match point.encoding.encode(&write.value) {
+            Ok(words) => words,
+            Err(why) => return not_sent(why),
+        };
+        let wanted = match point.encoding.decode(&words) {
+            Ok(wanted) => wanted,
+            Err(why) => return not_sent(why),
+        };
+        if is_too_late(write) {
+            return Ending::Expired;
+        }
+        if let Err(fault) = self.read_point(unit, &point).await {
+            return not_sent(format!("the point could not be read before: {fault}"));
+        }
+        if is_too_late(write) {
+            return Ending::Expired;
+        }
+        self.desk.sending();
+        let reply = self.send(unit, &point, words).await;
+        if let Err(failure) = &reply
+            && desk::is_certain(failure)
+        {
+            return Ending::Failed { reason: fault(failure.clone()).to_string(), read_back: None };
+        }
+        let read_back = self.read_point(unit, &point).await.and_then(|data| {
+            let whole = Part { point: 0, offset: 0, words: point.encoding.words() };
+            value(&point, &whole, &data)
+        });
+        if read_back.is_ok() {
+            let sample = Sample { point: point.index, at: clock::now(), value: read_back.clone() };
+            self.stats.samples_read.increment();
+            self.send_reading(Reading { samples: vec![sample] });
+        }
+        desk::judge(&wanted, reply.map_err(fault), read_back)
+    }
+
+    /// The point and its unit's place.
+    fn point(&self, index: PointIndex) -> Option<(usize, LinePoint)> {
+        self.groups.iter().find_map(|group| {
+            let point = group.points.iter().find(|point| point.index == index)?;
+            Some((group.unit, point.clone()))
+        })
+    }
+
+    /// Reads one point, on a line that is opened if it has to be.
+    async fn read_point(&mut self, unit: usize, point: &LinePoint) -> Result<Data, Fault> {
+        if self.client.down().is_some() {
+            self.open().await;
+        }
+        let count = point.encoding.words();
+        let read = Read { space: point.space, address: point.address, count, parts: Vec::new() };
+        self.ask(unit, &read).await.map_err(fault)
+    }
+
+    /// Sends one write, once.
+    async fn send(&mut self, unit: usize, point: &LinePoint, words: Words) -> Result<(), Failure> {
+        let asked_ms = self.now_ms();
+        let reply = self.client.write(self.units[unit].id, point.address, words).await;
+        self.note(unit, asked_ms, reply.as_ref().err());
+        reply
+    }
+
+    fn send_reading(&self, reading: Reading) {
+        match self.readings.try_send(reading) {
+            Ok(()) | Err(TrySendError::Closed(_)) => {}
+            Err(TrySendError::Full(_)) => self.stats.readings_overrun.increment(),
+        }
     }
 
     fn unit_answered(&mut self, unit: usize) {
@@ -388,10 +528,7 @@ impl Task {
         self.stats.samples_bad.add(bad as u64);
         group.ok = Some(bad == 0);
         self.report(due, &samples, was_asked);
-        match self.readings.try_send(Reading { samples }) {
-            Ok(()) | Err(TrySendError::Closed(_)) => {}
-            Err(TrySendError::Full(_)) => self.stats.readings_overrun.increment(),
-        }
+        self.send_reading(Reading { samples });
     }
 
     /// Updates the unit's status, and logs when it changed between well and not.
@@ -417,6 +554,18 @@ impl Task {
             unit.last_ok = last_ok.or(unit.last_ok);
             unit.last_error = error.or(unit.last_error.take());
         });
+    }
+}
+
+fn is_too_late(write: &Write) -> bool {
+    write.not_after_mono_ms.is_some_and(|limit| clock::now().mono_ms > limit)
+}
+
+fn fault(failure: Failure) -> Fault {
+    match failure {
+        Failure::Refused(code) => Fault::Exception { code },
+        Failure::Wrong(fault) | Failure::Silent(fault) => fault,
+        Failure::Broken(what) => Fault::LineDown { what },
     }
 }
 

@@ -1,7 +1,7 @@
-//! What registers mean: 16-bit words to a value, by type, word order and scale. Pure.
+//! What registers mean: 16-bit words to a value and back, by type, word order and scale. Pure.
 //!
 //! Invariant: a slice of the wrong length, a float that is not finite and a scale that overflows are faults,
-//! never a panic and never a made-up value.
+//! never a panic and never a made-up value. What is encoded decodes to the nearest value the registers can hold.
 
 use crate::point::{Fault, Value};
 
@@ -14,6 +14,44 @@ pub struct Encoding {
     pub order: Order,
     /// The decoded number is multiplied by this; `None` keeps an integer an integer.
     pub scale: Option<f64>,
+}
+
+/// What is written for one value: which of these it is decides the function that writes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Words {
+    /// One coil.
+    Bit(bool),
+    /// One register.
+    One(u16),
+    /// Two registers, in the order they are sent.
+    Two([u16; 2]),
+}
+
+/// Why a value cannot be written to a point.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum Unfit {
+    /// A number for a bit, a bit for a number, or no number at all.
+    #[error("{value} is not a value of type {}", .kind.name())]
+    Type {
+        /// The value.
+        value: Value,
+        /// The point's type.
+        kind: Kind,
+    },
+    /// The registers cannot hold it.
+    #[error("{value} is beyond what the type {} can hold{}", .kind.name(), scaled_by(*.scale))]
+    Range {
+        /// The value.
+        value: Value,
+        /// The point's type.
+        kind: Kind,
+        /// The point's scale.
+        scale: Option<f64>,
+    },
+}
+
+fn scaled_by(scale: Option<f64>) -> String {
+    scale.map_or_else(String::new, |scale| format!(" at a scale of {scale}"))
 }
 
 /// A point's type.
@@ -31,6 +69,20 @@ pub enum Kind {
     I32,
     /// Two registers, IEEE 754 single precision.
     F32,
+}
+
+impl Kind {
+    /// Its name in the configuration.
+    fn name(self) -> &'static str {
+        match self {
+            Kind::Bool => "bool",
+            Kind::U16 => "u16",
+            Kind::I16 => "i16",
+            Kind::U32 => "u32",
+            Kind::I32 => "i32",
+            Kind::F32 => "f32",
+        }
+    }
 }
 
 /// Where the bytes A (most significant) to D of a 32-bit value stand on the wire.
@@ -96,6 +148,51 @@ impl Encoding {
         }
     }
 
+    /// What is sent to write `value`: the registers that decode to the nearest value they can hold. A number half
+    /// way between two steps goes away from zero. Reading back gives [`Self::decode`] of these words, which is not
+    /// `value` where `value` is between two steps.
+    ///
+    /// # Errors
+    /// [`Unfit`]: the value has another type, is not finite, or is beyond the registers' range.
+    pub fn encode(&self, value: &Value) -> Result<Words, Unfit> {
+        let unfit = || Unfit::Type { value: value.clone(), kind: self.kind };
+        let number = match (self.kind, value) {
+            (Kind::Bool, &Value::Bool(bit)) => return Ok(Words::Bit(bit)),
+            (Kind::Bool, _) | (_, Value::Bool(_)) => return Err(unfit()),
+            (_, value) => value.as_f64(),
+        };
+        if !number.is_finite() {
+            return Err(unfit());
+        }
+        let raw = self.scale.map_or(number, |scale| number / scale);
+        // Every type's limits are exact in an f64, and a whole number beyond 2^53 is beyond all of them.
+        let whole = |min: f64, max: f64| Some(raw.round()).filter(|raw| (min..=max).contains(raw));
+        let two = |bits: u32| Words::Two(self.order.cut(bits));
+        let words = match self.kind {
+            Kind::Bool => None,
+            Kind::U16 => whole(0.0, u16::MAX.into()).map(|raw| Words::One(raw as u16)),
+            Kind::I16 => {
+                whole(i16::MIN.into(), i16::MAX.into()).map(|raw| Words::One((raw as i16).cast_unsigned()))
+            }
+            Kind::U32 => whole(0.0, u32::MAX.into()).map(|raw| two(raw as u32)),
+            Kind::I32 => whole(i32::MIN.into(), i32::MAX.into()).map(|raw| two((raw as i32).cast_unsigned())),
+            Kind::F32 => Some(raw as f32).filter(|raw| raw.is_finite()).map(|raw| two(raw.to_bits())),
+        };
+        words.ok_or_else(|| Unfit::Range { value: value.clone(), kind: self.kind, scale: self.scale })
+    }
+
+    /// The value of these words.
+    ///
+    /// # Errors
+    /// As [`Self::decode_registers`] and [`Self::decode_bit`].
+    pub fn decode(&self, words: &Words) -> Result<Value, Fault> {
+        match words {
+            Words::Bit(bit) => self.decode_bit(*bit),
+            Words::One(register) => self.decode_registers(&[*register]),
+            Words::Two(registers) => self.decode_registers(registers),
+        }
+    }
+
     fn wrong_length(&self, found: usize) -> Fault {
         Fault::BadReply { what: format!("{found} registers cannot hold a {:?}", self.kind) }
     }
@@ -111,6 +208,17 @@ impl Order {
             Order::Dcba => (second.swap_bytes(), first.swap_bytes()),
         };
         u32::from(high) << 16 | u32::from(low)
+    }
+
+    /// 32 bits to two registers, in the order they are sent: the inverse of [`Self::join`].
+    fn cut(self, bits: u32) -> [u16; 2] {
+        let (high, low) = ((bits >> 16) as u16, bits as u16);
+        match self {
+            Order::Abcd => [high, low],
+            Order::Cdab => [low, high],
+            Order::Badc => [high.swap_bytes(), low.swap_bytes()],
+            Order::Dcba => [low.swap_bytes(), high.swap_bytes()],
+        }
     }
 }
 
@@ -286,7 +394,84 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_value_is_encoded_as_the_nearest_step_or_refused() {
+        use Value::{Bool, Float, Integer};
+        let one = |raw: u16| Some(Words::One(raw));
+        let table = [
+            (Kind::Bool, None, Bool(true), Some(Words::Bit(true))),
+            (Kind::Bool, None, Integer(1), None),
+            (Kind::U16, None, Bool(true), None),
+            (Kind::U16, None, Integer(65_535), one(65_535)),
+            (Kind::U16, None, Integer(65_536), None),
+            (Kind::U16, None, Integer(-1), None),
+            (Kind::U16, None, Float(2.4), one(2)),
+            (Kind::U16, None, Float(2.5), one(3)),
+            (Kind::U16, None, Float(65_535.5), None),
+            (Kind::U16, None, Float(f64::NAN), None),
+            (Kind::U16, None, Float(f64::INFINITY), None),
+            (Kind::U16, Some(0.1), Float(21.5), one(215)),
+            (Kind::U16, Some(0.1), Float(0.3), one(3)),
+            (Kind::U16, Some(0.1), Float(6_553.6), None),
+            (Kind::U16, Some(-1.0), Integer(-5), one(5)),
+            (Kind::I16, None, Integer(-1), one(0xFFFF)),
+            (Kind::I16, None, Integer(-32_769), None),
+            (Kind::U32, None, Integer(0x1234_5678), Some(Words::Two([0x1234, 0x5678]))),
+            (Kind::U32, None, Integer(i64::MAX), None),
+            (Kind::I32, None, Integer(-2), Some(Words::Two([0xFFFF, 0xFFFE]))),
+            (Kind::F32, None, Float(230.1), Some(Words::Two([0x4366, 0x199A]))),
+            (Kind::F32, None, Float(1e39), None),
+            (Kind::F32, Some(1e-300), Float(1e300), None),
+        ];
+        for (kind, scale, value, expected) in table {
+            let found = encoding(kind, Order::Abcd, scale).encode(&value);
+            assert_eq!(found.ok(), expected, "{kind:?} {scale:?} {value:?}");
+        }
+    }
+
     proptest! {
+        #[test]
+        fn what_was_read_can_be_written_back_and_reads_the_same(
+            registers in any::<[u16; 2]>(), kind in 1usize..6, order in 0usize..4,
+            scale in proptest::option::of(prop_oneof![
+                (0u32..6).prop_map(|decimals| format!("1e-{decimals}").parse::<f64>().unwrap()),
+                0.001f64..1000.0,
+                -1000.0f64..-0.001,
+            ]),
+        ) {
+            let kind = [Kind::Bool, Kind::U16, Kind::I16, Kind::U32, Kind::I32, Kind::F32][kind];
+            let encoding = encoding(kind, ORDERS[order], scale);
+            let registers = &registers[..encoding.words().into()];
+            if let Ok(value) = encoding.decode_registers(registers)
+                && value.as_f64().abs() < 1e35
+            {
+                let words = encoding.encode(&value).unwrap();
+                let again = encoding.decode(&words).unwrap();
+                if kind != Kind::F32 {
+                    prop_assert_eq!(&again, &value);
+                    prop_assert!(matches!(
+                        (words, registers),
+                        (Words::One(a), &[b]) if a == b
+                    ) || matches!((words, registers), (Words::Two(a), b) if a == b));
+                }
+                // A scaled f32 may fall on its neighbour: one part in 2^23, or one step next to zero.
+                let (again, value) = (again.as_f64(), value.as_f64());
+                let step = f64::from(f32::from_bits(1)) * scale.unwrap_or(1.0).abs();
+                prop_assert!((again - value).abs() <= value.abs() * 1.2e-7 + step, "{} {}", again, value);
+            }
+        }
+
+        #[test]
+        fn no_value_and_no_scale_can_make_encoding_panic(
+            number in any::<f64>(), integer in any::<i64>(),
+            kind in 0usize..6, order in 0usize..4, scale in proptest::option::of(any::<f64>()),
+        ) {
+            let kind = [Kind::Bool, Kind::U16, Kind::I16, Kind::U32, Kind::I32, Kind::F32][kind];
+            let encoding = encoding(kind, ORDERS[order], scale);
+            let _fits_or_not = encoding.encode(&Value::Float(number));
+            let _fits_or_not = encoding.encode(&Value::Integer(integer));
+        }
+
         #[test]
         fn no_registers_and_no_scale_can_cause_a_panic_or_an_endless_number(
             registers in proptest::collection::vec(any::<u16>(), 0..4),
