@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use fieldpost::clock;
-use fieldpost::message::{Lane, Message, PacketId, Payload, Qos, Topic};
+use fieldpost::message::{Lane, Message, PacketId, Payload, Qos, Seq, Topic};
 use fieldpost::store::{Append, Batch, Faults, Settings, Store, StoreError, WhenFull};
 use fieldpost::turn::{Change, Offer, OnSessionLoss};
 
@@ -305,6 +305,25 @@ fn a_salvaged_database_takes_a_new_epoch() {
     let mut store = Store::open(settings(folder.path())).unwrap();
     while store.check_next().unwrap_or(false) {}
     assert_eq!(store.boot().epoch, epoch.unwrap() + 1);
+}
+
+#[test]
+fn dead_letters_outlive_a_damaged_database() {
+    let folder = filled(true);
+    let path = folder.path().join("outbox.db");
+    let mut store = Store::open(settings(folder.path())).unwrap();
+    let change = Change::DeadLetter { id: None, lane: Lane::Normal, seq: Seq(2_000), reason: 0x99 };
+    commit(&mut store, Batch { changes: vec![change], ..Batch::default() });
+    store.close();
+    let mut bytes = fs::read(&path).unwrap();
+    let at = page_of(&bytes, &text(1500)[..40]);
+    bytes[at..at + 1024].fill(0);
+    fs::write(&path, &bytes).unwrap();
+    let mut store = Store::open(settings(folder.path())).unwrap();
+    while store.check_next().unwrap_or(false) {}
+    let look = store.look(clock::now()).unwrap();
+    assert!(look.damage.is_some());
+    assert_eq!(look.dead_letters, 1);
 }
 
 #[test]

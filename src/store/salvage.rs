@@ -139,8 +139,8 @@ impl Carrier<'_> {
         self.walk(sql, &mut |row| carry_segment(db, row, &progress, &mut lanes, &mut newest))?;
         self.carry_meta(newest)?;
         self.carry_lanes(&lanes, damage)?;
-        for (table, columns) in [("command", 12), ("dead_letter", 11), ("gap", 5), ("dropped", 3)] {
-            self.carry_rows(table, columns)?;
+        for table in ["command", "dead_letter", "gap", "dropped"] {
+            self.carry_rows(table)?;
         }
         let in_flight = self.old.query_row("SELECT count(*) FROM inflight", [], |row| row.get::<_, u64>(0));
         damage.possibly_doubled = in_flight.unwrap_or(0);
@@ -250,11 +250,16 @@ impl Carrier<'_> {
         Ok(())
     }
 
-    fn carry_rows(&self, table: &str, columns: usize) -> Result<(), rusqlite::Error> {
+    /// A table of an older schema has fewer columns: new ones are added at its end.
+    fn carry_rows(&self, table: &str) -> Result<(), rusqlite::Error> {
         let Ok(mut statement) = self.old.prepare(&format!("SELECT * FROM {table}")) else { return Ok(()) };
+        // Of the new table: the old names may be damaged too.
+        let ours = self.db.prepare(&format!("SELECT * FROM {table}"))?;
+        let columns = statement.column_count().min(ours.column_count());
+        let names = ours.column_names().take(columns).collect::<Vec<_>>().join(", ");
         let Ok(mut rows) = statement.query([]) else { return Ok(()) };
         let places = vec!["?"; columns].join(", ");
-        let insert = format!("INSERT OR IGNORE INTO {table} VALUES ({places})");
+        let insert = format!("INSERT OR IGNORE INTO {table} ({names}) VALUES ({places})");
         while let Ok(Some(row)) = rows.next() {
             let values: Result<Vec<Value>, _> = (0..columns).map(|column| row.get(column)).collect();
             let Ok(values) = values else { continue };
