@@ -3,6 +3,7 @@
 //! Invariant: the exit status is 0 when what was asked was done, 78 for a bad configuration (EX_CONFIG of
 //! sysexits.h: the service manager must not try again), and 1 for anything else.
 
+mod broker;
 mod check;
 mod publish;
 mod retained;
@@ -20,6 +21,7 @@ use tracing_subscriber::filter::LevelFilter;
 use crate::agent::AgentError;
 use crate::config::{self, Problems};
 use crate::control::client::ClientError;
+use crate::message::TopicError;
 
 /// Where the packaged agent listens.
 const DEFAULT_SOCKET: &str = "/var/lib/fieldpost/control.sock";
@@ -45,6 +47,9 @@ enum Command {
     Status(status::ShowStatus),
     /// Hand messages to the running agent; "accepted" means that they are on disk
     Publish(publish::HandIn),
+    /// The broker, as this gateway meets it
+    #[command(subcommand)]
+    Broker(broker::Broker),
     /// Retained messages of the broker
     #[command(subcommand)]
     Retained(retained::Retained),
@@ -88,6 +93,17 @@ enum Failure {
     PartlyRefused { accepted: u64, refused: u64, reason: String },
     #[error("fieldpost: {accepted} accepted, then: {failure}")]
     BrokeOff { accepted: u64, failure: Box<Failure> },
+    #[error("fieldpost: {0} of the checks failed")]
+    BrokerUnfit(usize),
+    #[error(
+        "fieldpost: {0:?} is the agent's own client id: the test would end its connection and its session; \
+         choose another --client-id"
+    )]
+    AgentsClientId(String),
+    #[error("fieldpost: [gateway] base_topic: {0}")]
+    BaseTopic(TopicError),
+    #[error("fieldpost: cannot read the password file {}: {source}; check [broker] password_file", path.display())]
+    Password { path: PathBuf, source: io::Error },
     #[error("fieldpost: cannot read standard input: {0}")]
     Input(io::Error),
     #[error("fieldpost: line {line} is longer than {max} bytes")]
@@ -142,6 +158,7 @@ pub fn main() -> ExitCode {
         Command::Check(command) => command.run(),
         Command::Status(command) => command.run(),
         Command::Publish(command) => command.run(),
+        Command::Broker(command) => command.run(),
         Command::Retained(command) => command.run(),
     };
     match outcome {
@@ -175,6 +192,37 @@ fn colours(stream: &impl IsTerminal) -> bool {
     stream.is_terminal() && std::env::var_os("NO_COLOR").is_none()
 }
 
+/// How a word is to be taken.
+#[derive(Debug, Clone, Copy)]
+enum Tone {
+    Good,
+    Waiting,
+    Bad,
+    Heading,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Paint {
+    colours: bool,
+}
+
+impl Paint {
+    /// As is welcome there.
+    fn of(stream: &impl IsTerminal) -> Self {
+        Paint { colours: colours(stream) }
+    }
+
+    fn dab(self, tone: Tone, text: &str) -> String {
+        let code = match tone {
+            Tone::Good => "32",
+            Tone::Waiting => "33",
+            Tone::Bad => "31;1",
+            Tone::Heading => "1",
+        };
+        if self.colours { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
+    }
+}
+
 /// Text from elsewhere (a broker, a device) as it may be shown on a terminal: nothing in it moves the cursor.
 fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
@@ -205,6 +253,8 @@ mod tests {
             "publish --topic a/b --qos 2 --retain --lane alarm --socket x",
             "publish --topic a/b -- -1",
             "publish --topic a/b -1.5",
+            "broker test gateway.toml",
+            "broker test gateway.toml --json --client-id x",
             "retained clear a/b --config gateway.toml",
         ] {
             let parsed = Cli::try_parse_from(std::iter::once("fieldpost").chain(line.split(' ')));

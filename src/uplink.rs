@@ -2,6 +2,7 @@
 
 pub mod backoff;
 pub mod connection;
+pub mod examination;
 pub mod link;
 pub mod packet;
 pub mod presence;

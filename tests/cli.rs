@@ -7,6 +7,9 @@
 
 mod support;
 
+#[path = "cli/broker_test.rs"]
+mod broker_test;
+
 use fieldpost::control::wire::{LinkState, Status};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 use rustix::process::Signal;
@@ -17,7 +20,7 @@ use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 use support::agent::{Agent, Config, binary, fieldpost, queued};
 use support::broker::{Broker, BrokerServer, Kind, Tally};
-use support::mosquitto::{Mosquitto, Options, Tls};
+use support::mosquitto::{Mosquitto, Options, Subscriber, Tls};
 use support::wait_until;
 use tempfile::TempDir;
 use tokio::runtime::Runtime;

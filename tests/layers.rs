@@ -52,6 +52,12 @@ const LAYERS: &[Layer] = &[
         may: &["message", "turn", "uplink::packet"],
         pure: true,
     },
+    Layer {
+        name: "examination",
+        files: &["uplink/examination"],
+        may: &["message", "uplink::packet"],
+        pure: true,
+    },
     Layer { name: "back-off", files: &["uplink/backoff"], may: &[], pure: true },
     Layer {
         name: "presence",
@@ -151,9 +157,24 @@ const LAYERS: &[Layer] = &[
     },
     Layer { name: "assembly", files: &["agent"], may: &["*"], pure: false },
     Layer {
+        name: "command line: broker test",
+        // A client of the broker, beside the agent's.
+        files: &["cli/broker"],
+        may: &["cli", "clock", "config", "message", "uplink"],
+        pure: false,
+    },
+    Layer {
         name: "command line",
         files: &["cli", "cli/*"],
-        may: &["agent", "cli", "config", "control", "point", "policy::format::rfc3339"],
+        may: &[
+            "agent",
+            "cli",
+            "config",
+            "control",
+            "message::TopicError",
+            "point",
+            "policy::format::rfc3339",
+        ],
         pure: false,
     },
     // `main` is one call into the library, which is how examples and tests become the agent too.
@@ -180,7 +201,7 @@ const PLACES: &[(&str, &[&str])] = &[
     ("rustls_native_certs", &["uplink/tls"]),
     // Inner types are not `Serialize`: what is written for others to read is a contract, and has its file.
     ("serde", &["control/wire"]),
-    ("serde_json", &["cli/status", "control*", "policy/format"]),
+    ("serde_json", &["cli/broker", "cli/status", "control*", "policy/format"]),
     ("socket2", &["control", "uplink/link/open"]),
     ("strsim", &["config*"]),
     ("tokio", &["*"]),

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{Agent, Failure, colours, printable};
+use super::{Agent, Failure, Paint, Tone, printable};
 use crate::config;
 use crate::control::client;
 use crate::control::wire::{Answer, Link, LinkState, Question, Status, Store, Unit};
@@ -54,39 +54,13 @@ impl ShowStatus {
         let status = match client::ask(&socket, &Question::Status {})? {
             Answer::Status(status) => status,
             Answer::Refused { reason } => return Err(Failure::Refused(printable(&reason))),
-            Answer::Accepted {} | Answer::HandedOver {} => return Err(Failure::OtherAnswer),
+            _ => return Err(Failure::OtherAnswer),
         };
         let text = match self.json {
             true => serde_json::to_string_pretty(&status).map_err(client::ClientError::from)? + "\n",
-            false => screen(&status, Paint { colours: colours(&io::stdout()) }),
+            false => screen(&status, Paint::of(&io::stdout())),
         };
         io::stdout().write_all(text.as_bytes()).map_err(Failure::Output)
-    }
-}
-
-/// How a word is to be taken.
-#[derive(Debug, Clone, Copy)]
-enum Tone {
-    Good,
-    Waiting,
-    Bad,
-    Heading,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Paint {
-    colours: bool,
-}
-
-impl Paint {
-    fn dab(self, tone: Tone, text: &str) -> String {
-        let code = match tone {
-            Tone::Good => "32",
-            Tone::Waiting => "33",
-            Tone::Bad => "31;1",
-            Tone::Heading => "1",
-        };
-        if self.colours { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
     }
 }
 
@@ -246,7 +220,7 @@ fn counted<'a>(counts: impl Iterator<Item = (&'a str, u64)>) -> Option<String> {
 }
 
 /// A duration in its two largest units.
-fn span(ms: u64) -> String {
+pub(super) fn span(ms: u64) -> String {
     let seconds = ms / 1000;
     let (days, hours, minutes) = (seconds / 86_400, seconds / 3600 % 24, seconds / 60 % 60);
     match seconds {
@@ -258,7 +232,7 @@ fn span(ms: u64) -> String {
 }
 
 /// A size in the largest binary unit that leaves at least 1 before the point.
-fn bytes(bytes: u64) -> String {
+pub(super) fn bytes(bytes: u64) -> String {
     const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
     if bytes < 1024 {
         return format!("{bytes} B");
@@ -269,7 +243,7 @@ fn bytes(bytes: u64) -> String {
 }
 
 /// A count with a comma every three digits.
-fn grouped(count: u64) -> String {
+pub(super) fn grouped(count: u64) -> String {
     let digits = count.to_string();
     let mut grouped = String::new();
     for (index, digit) in digits.char_indices() {
