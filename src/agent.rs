@@ -313,7 +313,8 @@ async fn join(tasks: &mut JoinSet<()>, deadline: Instant, what: &str) {
     }
 }
 
-fn store_settings(config: &Config, faults: Faults) -> store::Settings {
+/// What the store of this configuration is opened with.
+pub(crate) fn store_settings(config: &Config, faults: Faults) -> store::Settings {
     store::Settings {
         path: config.store.path.clone(),
         quota: config.store.quota,

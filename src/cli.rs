@@ -6,6 +6,7 @@
 mod broker;
 mod check;
 mod publish;
+mod queue;
 mod retained;
 mod run;
 mod status;
@@ -22,6 +23,7 @@ use crate::agent::AgentError;
 use crate::config::{self, Problems};
 use crate::control::client::ClientError;
 use crate::message::TopicError;
+use crate::store::StoreError;
 
 /// Where the packaged agent listens.
 const DEFAULT_SOCKET: &str = "/var/lib/fieldpost/control.sock";
@@ -47,6 +49,8 @@ enum Command {
     Status(status::ShowStatus),
     /// Hand messages to the running agent; "accepted" means that they are on disk
     Publish(publish::HandIn),
+    /// What waits for the broker, and what it will never take
+    Queue(queue::Queue),
     /// The broker, as this gateway meets it
     #[command(subcommand)]
     Broker(broker::Broker),
@@ -59,10 +63,10 @@ enum Command {
 #[derive(Debug, Args)]
 struct Agent {
     /// The agent's control socket [default: the configuration's, or /var/lib/fieldpost/control.sock]
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", global = true)]
     socket: Option<PathBuf>,
     /// The agent's configuration file, which names the socket
-    #[arg(long, value_name = "FILE", conflicts_with = "socket")]
+    #[arg(long, value_name = "FILE", conflicts_with = "socket", global = true)]
     config: Option<PathBuf>,
 }
 
@@ -93,6 +97,14 @@ enum Failure {
     PartlyRefused { accepted: u64, refused: u64, reason: String },
     #[error("fieldpost: {accepted} accepted, then: {failure}")]
     BrokeOff { accepted: u64, failure: Box<Failure> },
+    #[error("fieldpost: {0}")]
+    Store(StoreError),
+    #[error("fieldpost: {0}")]
+    NotDone(String),
+    #[error("fieldpost: nothing was thrown away; type yes when asked, or give --yes")]
+    NotConfirmed,
+    #[error("fieldpost: cannot write {}: {source}", path.display())]
+    Export { path: PathBuf, source: io::Error },
     #[error("fieldpost: {0} of the checks failed")]
     BrokerUnfit(usize),
     #[error(
@@ -158,6 +170,7 @@ pub fn main() -> ExitCode {
         Command::Check(command) => command.run(),
         Command::Status(command) => command.run(),
         Command::Publish(command) => command.run(),
+        Command::Queue(command) => command.run(),
         Command::Broker(command) => command.run(),
         Command::Retained(command) => command.run(),
     };
@@ -253,6 +266,13 @@ mod tests {
             "publish --topic a/b --qos 2 --retain --lane alarm --socket x",
             "publish --topic a/b -- -1",
             "publish --topic a/b -1.5",
+            "queue ls",
+            "queue --config gateway.toml ls --lane bulk --limit 3 --json",
+            "queue ls --dead",
+            "queue export all.jsonl --lane normal",
+            "queue requeue 1 2",
+            "queue requeue --all",
+            "queue purge --lane bulk --yes",
             "broker test gateway.toml",
             "broker test gateway.toml --json --client-id x",
             "retained clear a/b --config gateway.toml",
@@ -269,6 +289,9 @@ mod tests {
             "status --socket a --config b",
             "status --socket a b",
             "retained clear",
+            "queue requeue",
+            "queue purge --yes",
+            "queue purge --lane bulk --all",
         ] {
             let parsed = Cli::try_parse_from(std::iter::once("fieldpost").chain(line.split(' ')));
             assert!(parsed.is_err(), "{line}");

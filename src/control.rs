@@ -62,6 +62,8 @@ pub enum Ask {
     Status,
     /// [`Answer::Accepted`] after COMMIT, or [`Answer::HandedOver`] for QoS 0.
     Publish(Message),
+    /// [`Answer::Messages`], [`Answer::DeadLetters`] or [`Answer::Changed`].
+    Queue(wire::QueueAsk),
 }
 
 /// Why there is no control socket.

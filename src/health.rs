@@ -19,6 +19,7 @@ use crate::control::wire::{self, Answer};
 use crate::control::{Ask, Request};
 use crate::message::{Lane, Message, Qos};
 use crate::policy::format::{self, Health, LaneHealth, LineHealth, LinkHealth, StoreHealth};
+use crate::queue;
 use crate::source::modbus::LineStatus;
 use crate::stats::Stats;
 use crate::store::{self, Damage, Gap, Look, NotAccepted};
@@ -106,6 +107,10 @@ impl Reporter {
     async fn answer(&self, Request { ask, reply }: Request) -> Option<Published> {
         match ask {
             Ask::Status => tell(reply, Answer::Status(Box::new(self.status().await))),
+            Ask::Queue(ask) => {
+                let store = self.store.clone();
+                return Some(Box::pin(async move { (reply, browse(&store, &ask).await) }));
+            }
             Ask::Publish(message) if message.qos == Qos::AtMostOnce => {
                 let answer = match self.qos0.try_send(message) {
                     Ok(()) => Answer::HandedOver {},
@@ -353,6 +358,17 @@ struct Told {
     gap_error: bool,
     /// Told once, through the store: it needs no repetition.
     damage: Option<Damage>,
+}
+
+async fn browse(store: &store::Handle, ask: &wire::QueueAsk) -> Answer {
+    match queue::ask(ask) {
+        Err(reason) => Answer::Refused { reason },
+        Ok(ask) => match store.browse(ask).await {
+            Some(Ok(found)) => queue::answer(found),
+            Some(Err(error)) => Answer::Refused { reason: error.to_string() },
+            None => Answer::Refused { reason: "the agent is stopping".to_owned() },
+        },
+    }
 }
 
 fn tell(reply: oneshot::Sender<Answer>, answer: Answer) {

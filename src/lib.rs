@@ -29,6 +29,7 @@ pub mod message;
 pub mod pipeline;
 pub mod point;
 pub mod policy;
+pub mod queue;
 pub mod source;
 pub mod stats;
 pub mod store;

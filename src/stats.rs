@@ -77,6 +77,8 @@ counters! {
     refused_for_now,
     /// Messages given up after a refusal.
     dead_lettered,
+    /// Dead letters put into the queue again by `fieldpost queue requeue`.
+    requeued,
     /// Messages that overtook a refused one of their topic because they were already in flight.
     order_overtaken,
     /// Messages published at a lower QoS or without retain because the broker allows no more.

@@ -7,6 +7,7 @@
 //! commit is a crash: everything in memory is thrown away and read from disk again; never a fall-back to
 //! memory.
 
+pub mod browse;
 mod database;
 mod inbox;
 mod outbox;
@@ -86,6 +87,18 @@ pub enum StoreError {
         /// What is wrong with it.
         what: String,
     },
+    /// The file was written by an older fieldpost, whose schema the agent has not brought forward yet.
+    #[error(
+        "{path} has schema {found}, this program reads {known}; start the agent once, which brings it forward"
+    )]
+    Older {
+        /// The database file.
+        path: PathBuf,
+        /// Its schema.
+        found: i64,
+        /// Ours.
+        known: i64,
+    },
     /// The file was written by a newer fieldpost.
     #[error("{path} has schema {found}, this program knows up to {known}; install the newer fieldpost again")]
     Newer {
@@ -156,7 +169,7 @@ impl Boot {
 pub struct Gap {
     /// The lane.
     pub lane: Lane,
-    /// `quota`, `expired`, `damaged`, `dead_letter` or `abandoned`.
+    /// `quota`, `expired`, `damaged`, `dead_letter`, `abandoned` or `purged`.
     pub reason: String,
     /// The lowest number dropped.
     pub first: Seq,
@@ -251,6 +264,32 @@ impl Store {
         keep_reserve(&settings.path);
         let boot = database.boot().clone();
         Ok(Store { settings, database: Some(database), boot, damage, trouble: None, check_from: Some(0) })
+    }
+
+    /// Opens the database of an agent that is not running, to look at the queue or to do what people ask. No start
+    /// is counted, nothing is made, set aside or brought to another schema.
+    ///
+    /// # Errors
+    /// [`StoreError`]: it is not there, in use, damaged, or of another schema.
+    pub fn visit(settings: Settings) -> Result<Self, StoreError> {
+        fs::metadata(&settings.path)
+            .map_err(|source| StoreError::Open { path: settings.path.clone(), source })?;
+        let database = Database::visit(&settings)?;
+        let boot = database.boot().clone();
+        let database = Some(database);
+        Ok(Store { settings, database, boot, damage: None, trouble: None, check_from: None })
+    }
+
+    /// What people ask of the queue.
+    ///
+    /// # Errors
+    /// Nothing was done; see [`Store::commit`].
+    pub fn browse(&mut self, ask: &browse::Ask, now: Stamp) -> Result<browse::Found, StoreError> {
+        if ask.changes() {
+            return self.transaction(|database| database.change(ask, now));
+        }
+        let database = self.database.as_ref().ok_or_else(|| self.gone())?;
+        database.browse(ask, now).map_err(|source| sqlite_error(&self.settings.path, source))
     }
 
     /// Which start this is.

@@ -113,6 +113,12 @@ const LAYERS: &[Layer] = &[
         pure: false,
     },
     Layer {
+        name: "glue: the queue on the control socket",
+        files: &["queue"],
+        may: &["control::wire", "message", "policy::format::rfc3339", "store::browse"],
+        pure: true,
+    },
+    Layer {
         name: "glue: reporting",
         files: &["health"],
         // It tells how every part is doing, so it knows their status types and nothing else of them.
@@ -121,6 +127,7 @@ const LAYERS: &[Layer] = &[
             "control",
             "message",
             "policy::format",
+            "queue",
             "source::modbus::LineStatus",
             "stats",
             "store",
@@ -164,6 +171,23 @@ const LAYERS: &[Layer] = &[
         pure: false,
     },
     Layer {
+        name: "command line: queue",
+        // Reads the database of an agent that is not running.
+        files: &["cli/queue"],
+        may: &[
+            "agent",
+            "cli",
+            "clock",
+            "config",
+            "control",
+            "message",
+            "queue",
+            "store",
+            "uplink::packet::ReasonCode",
+        ],
+        pure: false,
+    },
+    Layer {
         name: "command line",
         files: &["cli", "cli/*"],
         may: &[
@@ -174,6 +198,7 @@ const LAYERS: &[Layer] = &[
             "message::TopicError",
             "point",
             "policy::format::rfc3339",
+            "store::StoreError",
         ],
         pure: false,
     },
@@ -201,7 +226,7 @@ const PLACES: &[(&str, &[&str])] = &[
     ("rustls_native_certs", &["uplink/tls"]),
     // Inner types are not `Serialize`: what is written for others to read is a contract, and has its file.
     ("serde", &["control/wire"]),
-    ("serde_json", &["cli/broker", "cli/status", "control*", "policy/format"]),
+    ("serde_json", &["cli/broker", "cli/queue", "cli/status", "control*", "policy/format"]),
     ("socket2", &["control", "uplink/link/open"]),
     ("strsim", &["config*"]),
     ("tokio", &["*"]),

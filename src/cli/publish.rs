@@ -167,7 +167,7 @@ impl Tally {
                     self.reason = printable(&reason);
                     format!("not accepted: {}", self.reason)
                 }
-                Answer::Status(_) => return Err(Failure::OtherAnswer),
+                _ => return Err(Failure::OtherAnswer),
             };
             if self.each {
                 writeln!(out, "{word}").and_then(|()| out.flush()).map_err(Failure::Output)?;

@@ -26,7 +26,7 @@ impl Retained {
         match client::ask(&agent.socket()?, &Question::RetainedClear { topic })? {
             Answer::Accepted {} => writeln!(io::stdout(), "accepted").map_err(Failure::Output),
             Answer::Refused { reason } => Err(Failure::Refused(super::printable(&reason))),
-            Answer::HandedOver {} | Answer::Status(_) => Err(Failure::OtherAnswer),
+            _ => Err(Failure::OtherAnswer),
         }
     }
 }

@@ -4,6 +4,11 @@
 //! {"status":{}}                                              {"status":{...}}
 //! {"publish":{"topic":"a/b","qos":1,"text":"21.5"}}          {"accepted":{}}, once it is durable
 //! {"retained_clear":{"topic":"a/b"}}                         {"accepted":{}}
+//! {"queue":{"messages":{"lane":"normal","from":0,"limit":100}}}   {"messages":{"messages":[...],"next":101}}
+//! {"queue":{"dead_letters":{"after":0,"limit":100}}}         {"dead_letters":{"letters":[...]}}
+//! {"queue":{"requeue":{"number":3}}}                         {"changed":{"count":1}}
+//! {"queue":{"purge_lane":{"lane":"bulk"}}}                   {"changed":{"count":5000,"below":9001}}: ask again
+//! {"queue":{"purge_dead":{}}}                                {"changed":{"count":2}}
 //! anything that cannot be done                               {"refused":{"reason":"..."}}
 //! ```
 //!
@@ -34,6 +39,49 @@ pub enum Question {
         /// The topic.
         topic: String,
     },
+    /// Look at the queue, or change it.
+    Queue(QueueAsk),
+}
+
+/// What may be asked of the queue, a page or a portion at a time.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum QueueAsk {
+    /// What waits in a lane, answered by [`Answer::Messages`].
+    Messages {
+        /// The lane.
+        lane: String,
+        /// The lowest number wanted.
+        from: u64,
+        /// How many at most; a page holds 500.
+        limit: u32,
+        /// Whether payloads are wanted; then a page ends after about 128 KiB of them.
+        #[serde(default)]
+        payloads: bool,
+    },
+    /// Dead letters above a number, answered by [`Answer::DeadLetters`].
+    DeadLetters {
+        /// The last number already known.
+        after: u64,
+        /// How many at most; a page holds 500.
+        limit: u32,
+    },
+    /// Put a dead letter into the queue again, as a message with a new number, answered by [`Answer::Changed`]: 0
+    /// when there is none.
+    Requeue {
+        /// Its number among the dead letters.
+        number: u64,
+    },
+    /// Drop up to 5000 messages of a lane that are not in flight, answered by [`Answer::Changed`].
+    PurgeLane {
+        /// The lane.
+        lane: String,
+        /// Those with a lower number only: what the answer before this one said.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        below: Option<u64>,
+    },
+    /// Throw every dead letter away.
+    PurgeDead {},
 }
 
 /// A message to take.
@@ -73,11 +121,99 @@ pub enum Answer {
     Accepted {},
     /// The QoS 0 message went to the uplink; it was never stored and may be lost.
     HandedOver {},
+    /// A page of the queue.
+    Messages {
+        /// In the order of their numbers.
+        messages: Vec<QueuedMessage>,
+        /// Where the next page begins; missing at the end of the lane.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        next: Option<u64>,
+    },
+    /// A page of dead letters, the oldest first.
+    DeadLetters {
+        /// The dead letters.
+        letters: Vec<DeadLetter>,
+    },
+    /// It was done and is durable.
+    Changed {
+        /// To how many.
+        count: u64,
+        /// What bounds the next request, while there may be more to do.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        below: Option<u64>,
+    },
     /// It was not done.
     Refused {
         /// Why, and what to do about it.
         reason: String,
     },
+}
+
+/// A message in the queue. Of a damaged one only the first members are known.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct QueuedMessage {
+    /// Its lane.
+    pub lane: String,
+    /// Its number in that lane.
+    pub seq: u64,
+    /// The epoch of that number.
+    pub epoch: u32,
+    /// `waiting`, `in flight` or `held`.
+    pub state: String,
+    /// When it was accepted, RFC 3339.
+    pub accepted: String,
+    /// Whether its checksum is wrong; it will be dropped and counted when its turn comes.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub damaged: bool,
+    /// Where it is published.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub topic: Option<String>,
+    /// 1 or 2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub qos: Option<u8>,
+    /// The retain flag.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retain: Option<bool>,
+    /// Bytes of the payload.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<u64>,
+    /// Acquisition time, RFC 3339.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at: Option<String>,
+    /// Seconds after its acceptance for which it is worth sending; missing for ever.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires_after_s: Option<u32>,
+    /// The payload, if it was asked for and is text.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub text: Option<String>,
+    /// The payload as hexadecimal digits, if it was asked for and is not text.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hex: Option<String>,
+}
+
+/// A message the broker will never take.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeadLetter {
+    /// Its number among the dead letters.
+    pub number: u64,
+    /// The lane it was in.
+    pub lane: String,
+    /// Its number there.
+    pub seq: u64,
+    /// The epoch of that number.
+    pub epoch: u32,
+    /// MQTT reason code.
+    pub reason: u8,
+    /// When it was given up, RFC 3339.
+    pub died: String,
+    /// Where it was to be published.
+    pub topic: String,
+    /// 1 or 2.
+    pub qos: u8,
+    /// The retain flag.
+    pub retain: bool,
+    /// Bytes of the payload.
+    pub bytes: u64,
 }
 
 /// How things are.
@@ -212,6 +348,7 @@ pub(super) fn understand(line: &str, now: Stamp) -> Result<Ask, String> {
     let question = serde_json::from_str(line).map_err(|error| format!("not a request: {error}"))?;
     let publish = match question {
         Question::Status {} => return Ok(Ask::Status),
+        Question::Queue(ask) => return Ok(Ask::Queue(ask)),
         Question::Publish(publish) => publish,
         Question::RetainedClear { topic } => {
             Publish { topic, qos: 1, retain: true, lane: None, text: Some(String::new()), hex: None }

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use rusqlite::{Connection, ErrorCode, OptionalExtension, params};
 
+use super::browse::{self, Ask, Found};
 use super::inbox::Inbox;
 use super::outbox::Outbox;
 use super::session::SessionTable;
@@ -83,6 +84,73 @@ impl Database {
         let boot = start(&db).map_err(fail)?;
         let (outbox, session, inbox) = load(&db).map_err(fail)?;
         Ok(Database { db, settings: settings.clone(), boot, outbox, session, inbox })
+    }
+
+    /// Opens a database without counting a start; see [`super::Store::visit`].
+    pub(super) fn visit(settings: &Settings) -> Result<Self, StoreError> {
+        let path = &settings.path;
+        let fail = |source| unreadable(path, source);
+        let db = connect(settings).map_err(fail)?;
+        let pragma = |name: &str| db.pragma_query_value(None, name, |row| row.get::<_, i64>(0)).map_err(fail);
+        let (application, schema) = (pragma("application_id")?, pragma("user_version")?);
+        match schema {
+            _ if application != APPLICATION_ID => {
+                let what = "it belongs to another program, or is empty".to_owned();
+                return Err(StoreError::Damaged { path: path.clone(), what });
+            }
+            SCHEMA => {}
+            ..SCHEMA => return Err(StoreError::Older { path: path.clone(), found: schema, known: SCHEMA }),
+            _ => return Err(StoreError::Newer { path: path.clone(), found: schema, known: SCHEMA }),
+        }
+        let boot = visited(&db).map_err(fail)?;
+        let (outbox, session, inbox) = load(&db).map_err(fail)?;
+        Ok(Database { db, settings: settings.clone(), boot, outbox, session, inbox })
+    }
+
+    /// See [`super::Store::browse`].
+    pub(super) fn browse(&self, ask: &Ask, now: Stamp) -> Sql<Found> {
+        match ask {
+            Ask::Messages { lane, from, limit, payloads } => {
+                browse::messages(&self.db, &self.outbox, (*lane, *from, *limit, *payloads), now)
+            }
+            Ask::DeadLetters { after, limit } => browse::dead_letters(&self.db, *after, *limit),
+            Ask::Requeue(_) | Ask::PurgeLane { .. } | Ask::PurgeDead => {
+                Ok(Found::Refused("a change needs a transaction".to_owned()))
+            }
+        }
+    }
+
+    /// The same for what changes something.
+    pub(super) fn change(&mut self, ask: &Ask, now: Stamp) -> Sql<Found> {
+        let found = match ask {
+            Ask::Requeue(number) => self.requeue(*number, now)?,
+            Ask::PurgeLane { lane, below } => browse::purge(&self.db, &mut self.outbox, *lane, *below)?,
+            Ask::PurgeDead => {
+                let count = self.db.execute("DELETE FROM dead_letter", [])? as u64;
+                Found::Changed { count, below: None }
+            }
+            Ask::Messages { .. } | Ask::DeadLetters { .. } => self.browse(ask, now)?,
+        };
+        self.outbox.write_changes(&self.db)?;
+        Ok(found)
+    }
+
+    /// One dead letter becomes a message with a new number, in the transaction that removes it.
+    fn requeue(&mut self, number: u64, now: Stamp) -> Sql<Found> {
+        let Some(message) = browse::dead_message(&self.db, number, now)? else {
+            return Ok(Found::Changed { count: 0, below: None });
+        };
+        let Some(message) = message else {
+            return Ok(Found::Refused(format!(
+                "dead letter {number} is damaged; only `queue purge --dead` is left"
+            )));
+        };
+        let append = Append { messages: vec![message], closes: Vec::new() };
+        if let Err(refusal) = self.accept(append, now)? {
+            return Ok(Found::Refused(format!("dead letter {number} stays one: {refusal}")));
+        }
+        self.db.execute("DELETE FROM dead_letter WHERE number = ?", [number])?;
+        Ok(Found::Changed { count: 1, below: None })
     }
 
     pub(super) fn boot(&self) -> &Boot {
@@ -348,6 +416,16 @@ fn start(db: &Connection) -> Result<Boot, rusqlite::Error> {
     )?;
     db.execute_batch("COMMIT")?;
     Ok(boot)
+}
+
+/// As [`start`] sees it, without writing anything down.
+fn visited(db: &Connection) -> Result<Boot, rusqlite::Error> {
+    let now = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    db.query_row("SELECT epoch, boot, kernel_boot, kernel_boot_id FROM meta", [], |row| {
+        let another = row.get::<_, String>(3)? != now.trim();
+        let kernel_boot = row.get::<_, u32>(2)? + u32::from(another);
+        Ok(Boot { epoch: row.get(0)?, boot: row.get(1)?, kernel_boot })
+    })
 }
 
 fn load(db: &Connection) -> Result<(Outbox, SessionTable, Inbox), rusqlite::Error> {

@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use rusqlite::{Connection, OptionalExtension, params};
 
+use super::browse::State;
 use super::segment::{self, Entry};
 use super::{Boot, WhenFull};
 use crate::clock::Stamp;
@@ -36,6 +37,8 @@ pub(crate) enum DropReason {
     DeadLetter,
     /// In flight and given up; whether the broker had it is unknown.
     Abandoned,
+    /// Somebody asked for it: `fieldpost queue purge`.
+    Purged,
 }
 
 impl DropReason {
@@ -46,6 +49,7 @@ impl DropReason {
             DropReason::Damaged => "damaged",
             DropReason::DeadLetter => "dead_letter",
             DropReason::Abandoned => "abandoned",
+            DropReason::Purged => "purged",
         }
     }
 }
@@ -133,7 +137,7 @@ pub(crate) struct Outbox {
 
 type Sql<T> = Result<T, rusqlite::Error>;
 
-fn key(lane: Lane, seq: u64) -> i64 {
+pub(super) fn key(lane: Lane, seq: u64) -> i64 {
     ((lane as i64) << 56) | seq as i64
 }
 
@@ -289,6 +293,48 @@ impl Outbox {
             }
         }
         Ok(self.bytes() + need <= quota)
+    }
+
+    /// Drops up to `limit` records numbered below `below`, the oldest first and none that is in flight; how many.
+    pub(crate) fn drop_below(
+        &mut self,
+        db: &Connection,
+        lane: Lane,
+        below: u64,
+        limit: u64,
+        reason: DropReason,
+    ) -> Sql<u64> {
+        let (mut from, mut count) = (0, 0);
+        while let Some((first, records)) = find(db, lane, from)?.filter(|(first, _)| *first < below) {
+            from = first + records;
+            for seq in first..from.min(below) {
+                if count == limit {
+                    return Ok(count);
+                }
+                if !self.lane(lane).taken.contains(&seq) && !self.is_done(db, lane, seq)? {
+                    self.drop_record(db, lane, seq, reason)?;
+                    count += 1;
+                }
+            }
+        }
+        Ok(count)
+    }
+
+    /// The number the lane's next message gets.
+    pub(crate) fn next_seq(&self, lane: Lane) -> u64 {
+        self.lanes[lane as usize].next_seq
+    }
+
+    /// Where a record stands that is not done.
+    pub(crate) fn state(&self, lane: Lane, seq: u64, topic: Option<&Topic>, now: Stamp) -> State {
+        let queue = &self.lanes[lane as usize];
+        let held = |held: &Held| held.until_mono_ms > now.mono_ms || held.deferred.contains(&seq);
+        match queue.taken.contains(&seq) {
+            true => State::InFlight,
+            false if queue.held_until_mono_ms > now.mono_ms => State::Held,
+            false if topic.and_then(|topic| queue.held.get(topic)).is_some_and(held) => State::Held,
+            false => State::Waiting,
+        }
     }
 
     /// Marks a record done and counts it as dropped.

@@ -12,6 +12,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
+use super::browse::{Ask, Found};
 use super::{Append, Batch, Committed, Gap, Look, Settled, Store, StoreError};
 use crate::clock;
 use crate::message::{Lane, Message, PacketId, Seq};
@@ -136,6 +137,7 @@ enum Request {
         reply: oneshot::Sender<Result<Settled, Arc<StoreError>>>,
     },
     Look(oneshot::Sender<Result<Look, Arc<StoreError>>>),
+    Browse(Ask, oneshot::Sender<Result<Found, Arc<StoreError>>>),
     Close(oneshot::Sender<()>),
 }
 
@@ -233,6 +235,13 @@ impl Handle {
     pub async fn look(&self) -> Option<Result<Look, Arc<StoreError>>> {
         let (reply, answer) = oneshot::channel();
         self.requests.send(Request::Look(reply)).await.ok()?;
+        answer.await.ok()
+    }
+
+    /// What people ask of the queue; `None` when the store has stopped.
+    pub async fn browse(&self, ask: Ask) -> Option<Result<Found, Arc<StoreError>>> {
+        let (reply, answer) = oneshot::channel();
+        self.requests.send(Request::Browse(ask, reply)).await.ok()?;
         answer.await.ok()
     }
 
@@ -377,9 +386,27 @@ impl Worker {
             Request::Look(reply) => {
                 let _gone = reply.send(self.store.look(clock::now()).map_err(Arc::new));
             }
+            Request::Browse(ask, reply) => {
+                let _gone = reply.send(self.browse(&ask));
+            }
             Request::Close(reply) => return Some(reply),
         }
         None
+    }
+
+    fn browse(&mut self, ask: &Ask) -> Result<Found, Arc<StoreError>> {
+        if ask.changes() {
+            self.commit();
+        }
+        let found = self.store.browse(ask, clock::now()).map_err(Arc::new);
+        match &found {
+            Err(error) if ask.changes() => self.tell_failure(Arc::clone(error), Vec::new()),
+            Ok(Found::Changed { count, .. }) if matches!(ask, Ask::Requeue(_)) => {
+                self.stats.requeued.add(*count);
+            }
+            _ => {}
+        }
+        found
     }
 
     fn take_turn(&mut self, turn: Turn) {
