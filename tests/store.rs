@@ -288,6 +288,25 @@ fn a_refused_message_holds_its_topic_and_lets_the_others_pass() {
 }
 
 #[test]
+fn what_a_lost_session_gives_back_goes_before_a_newer_message_that_was_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut store = open(folder.path());
+    let start = clock::now();
+    accept(&mut store, texts("t", Qos::ExactlyOnce, 1..4));
+    take(&mut store, 2000, 2);
+    let (lane, hold) = (Lane::Normal, Hold::Topic);
+    let refused =
+        Change::Refused { id: Some(id(2001)), lane, seq: Seq(2), hold, hold_ms: 1_000, reason: 0x97 };
+    settle(&mut store, vec![refused]);
+    let later = Stamp { mono_ms: start.mono_ms + 60_000, ..start };
+    assert!(take_at(&mut store, Offer { qos2_room: 0, ..offer(2100, 9) }, later).is_empty());
+    settle(&mut store, vec![Change::SessionAbsent(OnSessionLoss::Republish)]);
+    assert_eq!(payloads(&take_at(&mut store, offer(2200, 9), later)), ["1"], "alone: its topic is on trial");
+    settle(&mut store, vec![Change::Received(id(2200)), Change::Completed(id(2200))]);
+    assert_eq!(payloads(&take_at(&mut store, offer(2300, 9), later)), ["2", "3"]);
+}
+
+#[test]
 fn not_authorized_holds_the_lane_and_no_other() {
     let folder = tempfile::tempdir().unwrap();
     let mut store = open(folder.path());

@@ -403,6 +403,13 @@ impl Outbox {
         while let Some(seq) = self.candidate(db, lane)? {
             let Some((entry, expires_s)) = self.readable(db, lane, seq, boot, now)? else { continue };
             let queue = self.lane(lane);
+            if let Some(held) = queue.held.get_mut(&entry.topic)
+                && let Some(trial) = held.trial.filter(|trial| seq < *trial && queue.returned.remove(trial))
+            {
+                // An older one came back before the trial was sent.
+                held.deferred.insert(trial);
+                held.trial = Some(seq);
+            }
             let deferred: usize = queue.held.values().map(|held| held.deferred.len()).sum();
             if let Some(held) = queue.held.get_mut(&entry.topic).filter(|held| held.trial != Some(seq)) {
                 if deferred >= DEFERRED_MAX {
