@@ -22,7 +22,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::clock::{self, Stamp};
+use crate::clock::Stamp;
 use crate::message::{Lane, Message, PacketId, Seq};
 use crate::turn::{Begin, Change, Offer, OnSessionLoss, Taken};
 use database::{Database, sqlite_error};
@@ -259,7 +259,6 @@ impl Store {
     /// # Errors
     /// [`StoreError`]; the file is not touched when it is newer or in use.
     pub fn open(settings: Settings) -> Result<Self, StoreError> {
-        prepare_files(&settings.path)?;
         let (database, damage) = open_or_start_over(&settings)?;
         keep_reserve(&settings.path);
         let boot = database.boot().clone();
@@ -444,8 +443,14 @@ impl Store {
 }
 
 fn open_or_start_over(settings: &Settings) -> Result<(Database, Option<Damage>), StoreError> {
+    let path = &settings.path;
+    let finished = salvage::finish(path).map_err(|source| StoreError::Open { path: path.clone(), source })?;
+    prepare_files(path)?;
     match Database::open(settings) {
-        Ok(database) => Ok((database, None)),
+        Ok(database) => {
+            let damage = finished.map(|aside| database.salvaged(aside)).transpose();
+            Ok((database, damage.map_err(|source| sqlite_error(path, source))?))
+        }
         Err(StoreError::Damaged { what, .. }) => {
             let (database, damage) = start_over(settings, what)?;
             Ok((database, Some(damage)))
@@ -454,15 +459,19 @@ fn open_or_start_over(settings: &Settings) -> Result<(Database, Option<Damage>),
     }
 }
 
-/// Sets the damaged database aside and carries over what is readable.
+/// Carries what is readable of the damaged database over into a new one, then puts that into its place. The damaged
+/// one stays where it is until the new one is complete and on the disk, so that a power cut between costs nothing.
 fn start_over(settings: &Settings, what: String) -> Result<(Database, Damage), StoreError> {
     let path = &settings.path;
-    let aside = salvage::set_aside(path, clock::now().wall_ms)
-        .map_err(|source| StoreError::Open { path: path.clone(), source })?;
-    prepare_files(path)?;
-    let db = Database::connect(settings)?;
-    let damage = salvage::carry_over(&aside, &db, what).map_err(|source| sqlite_error(path, source))?;
-    let database = Database::over(db, settings)?;
+    let moved = |source| StoreError::Open { path: path.clone(), source };
+    let new = Settings { path: salvage::begin(path).map_err(moved)?, ..settings.clone() };
+    prepare_files(&new.path)?;
+    let db = Database::connect(&new)?;
+    let mut damage = salvage::carry_over(path, &db, what).map_err(|source| sqlite_error(path, source))?;
+    database::close(db).map_err(|source| sqlite_error(&new.path, source))?;
+    salvage::complete(path).map_err(moved)?;
+    damage.aside = salvage::finish(path).map_err(moved)?.unwrap_or_default();
+    let database = Database::over(Database::connect(settings)?, settings)?;
     tracing::error!(
         what = damage.what,
         aside = %damage.aside.display(),

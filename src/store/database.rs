@@ -4,7 +4,7 @@
 //! `store` decides what follows from it.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rusqlite::{Connection, ErrorCode, OptionalExtension, params};
@@ -14,8 +14,8 @@ use super::inbox::Inbox;
 use super::outbox::Outbox;
 use super::session::SessionTable;
 use super::{
-    Append, Batch, Boot, Committed, Gap, Look, NotAccepted, PAYLOAD_MAX_BYTES, Settings, Settled, StoreError,
-    with_suffix,
+    Append, Batch, Boot, Committed, Damage, Gap, Look, NotAccepted, PAYLOAD_MAX_BYTES, Settings, Settled,
+    StoreError, with_suffix,
 };
 use crate::clock::Stamp;
 use crate::message::{Lane, Qos, Seq};
@@ -167,8 +167,19 @@ impl Database {
 
     /// Moves the write-ahead log into the database and closes it.
     pub(super) fn close(self) -> Sql<()> {
-        self.db.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)")?;
-        self.db.close().map_err(|(_, error)| error)
+        close(self.db)
+    }
+
+    /// What a salvage that an earlier run could not finish has brought.
+    pub(super) fn salvaged(&self, aside: PathBuf) -> Sql<Damage> {
+        let lost = "SELECT coalesce(sum(count), 0) FROM dropped WHERE reason = 'damaged'";
+        Ok(Damage {
+            what: "found earlier; its salvage was interrupted and is now complete".into(),
+            aside,
+            salvaged: self.outbox.messages(),
+            lost: self.db.query_row(lost, [], |row| row.get(0))?,
+            possibly_doubled: 0,
+        })
     }
 
     pub(super) fn transaction<T>(&mut self, work: impl FnOnce(&mut Self) -> Sql<T>) -> Sql<T> {
@@ -320,6 +331,12 @@ impl Database {
             trouble: None,
         })
     }
+}
+
+/// Moves the write-ahead log into the database and closes it.
+pub(super) fn close(db: Connection) -> Sql<()> {
+    db.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)")?;
+    db.close().map_err(|(_, error)| error)
 }
 
 fn connect(settings: &Settings) -> Result<Connection, rusqlite::Error> {

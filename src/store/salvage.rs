@@ -1,13 +1,17 @@
-//! What happens to a database that cannot be trusted: set aside whole, its readable part carried over.
+//! What happens to a database that cannot be trusted: its readable part carried over into a new one, then set
+//! aside whole.
 //!
-//! Invariants (P6): nothing of the damaged files is deleted before it has been carried over, and the database
-//! and its log stay together; a record is carried over only with a good checksum; the new database knows of no
-//! session, so the broker's is discarded, and what was in flight is counted as possibly doubled.
+//! Invariants (P6): nothing of the damaged files is moved before what is readable is in a new database on the disk,
+//! and the database and its log stay together; a record is carried over only with a good checksum; the new database
+//! knows of no session, so the broker's is discarded, and what was in flight is counted as possibly doubled. The
+//! new database is `.salvage` while it is filled and `.salvaged` when it is complete: a start that finds the one
+//! begins anew, a start that finds the other puts it into its place.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
 
 use rusqlite::types::Value;
 use rusqlite::{Connection, Row, params, params_from_iter};
@@ -36,17 +40,53 @@ pub struct Damage {
     pub possibly_doubled: u64,
 }
 
-/// Renames database and log together; the oldest ones set aside before go.
-pub(super) fn set_aside(path: &Path, now_ms: i64) -> io::Result<PathBuf> {
+fn unfinished(path: &Path) -> PathBuf {
+    with_suffix(path, ".salvage")
+}
+
+fn complete_at(path: &Path) -> PathBuf {
+    with_suffix(path, ".salvaged")
+}
+
+/// Where the new database is to be filled; what an interrupted salvage has left there goes.
+pub(super) fn begin(path: &Path) -> io::Result<PathBuf> {
+    let new = unfinished(path);
+    // The log first: SQLite would take an old log for that of a new database of the same name.
+    for old in [with_suffix(&new, "-wal"), with_suffix(&new, "-journal"), new.clone()] {
+        match fs::remove_file(old) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(new)
+}
+
+/// The new database is complete and synced: from here on it is the one that counts.
+pub(super) fn complete(path: &Path) -> io::Result<()> {
+    fs::rename(unfinished(path), complete_at(path))?;
+    sync_folder(path)
+}
+
+/// Sets the damaged database aside and puts the complete new one into its place, if there is one; returns where the
+/// damaged one is. Interrupted at any point, it goes on at the next start, under the same name.
+pub(super) fn finish(path: &Path) -> io::Result<Option<PathBuf>> {
+    let new = complete_at(path);
+    let written = match fs::metadata(&new) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        metadata => metadata?.modified()?,
+    };
+    let written_ms = written.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis());
     let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(format!(".corrupt-{now_ms}"));
+    name.push(format!(".corrupt-{written_ms}"));
     let aside = path.with_file_name(name);
-    // The log first: a database without its log is older than it was, a log without its database is nothing.
+    // The log first: SQLite would take it for the new database's.
     rename(&with_suffix(path, "-wal"), &with_suffix(&aside, "-wal"))?;
     rename(path, &aside)?;
     sync_folder(path)?;
+    fs::rename(new, path)?;
+    sync_folder(path)?;
     forget_oldest(path)?;
-    Ok(aside)
+    Ok(Some(aside))
 }
 
 fn rename(from: &Path, to: &Path) -> io::Result<()> {
@@ -80,10 +120,10 @@ fn forget_oldest(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Carries everything readable from the database at `aside` into the new, empty one `db`.
-pub(super) fn carry_over(aside: &Path, db: &Connection, what: String) -> Result<Damage, rusqlite::Error> {
-    let mut damage = Damage { what, aside: aside.to_owned(), salvaged: 0, lost: 0, possibly_doubled: 0 };
-    let old = match open_damaged(aside) {
+/// Carries everything readable from the database at `path` into the new, empty one `db`.
+pub(super) fn carry_over(path: &Path, db: &Connection, what: String) -> Result<Damage, rusqlite::Error> {
+    let mut damage = Damage { what, aside: PathBuf::new(), salvaged: 0, lost: 0, possibly_doubled: 0 };
+    let old = match open_damaged(path) {
         Ok(old) => old,
         Err(error) => {
             tracing::error!(%error, "nothing of the damaged database can be read");
@@ -97,8 +137,8 @@ pub(super) fn carry_over(aside: &Path, db: &Connection, what: String) -> Result<
     Ok(damage)
 }
 
-fn open_damaged(aside: &Path) -> Result<Connection, rusqlite::Error> {
-    let old = Connection::open(aside)?;
+fn open_damaged(path: &Path) -> Result<Connection, rusqlite::Error> {
+    let old = Connection::open(path)?;
     old.execute_batch("PRAGMA writable_schema = ON; PRAGMA locking_mode = EXCLUSIVE;")?;
     Ok(old)
 }
