@@ -68,6 +68,16 @@ impl Database {
                 return Err(damaged(&verdict));
             }
         }
+        if unclean {
+            // After a sync that failed, the system shows what the disk may not have, and no later sync writes it. What
+            // is appended to such a log is lost with it; moved into the database, it is written anew.
+            match db.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)") {
+                Err(error) if error.sqlite_error_code() != Some(ErrorCode::DiskFull) => {
+                    return Err(fail(error));
+                }
+                _ => {}
+            }
+        }
         Database::over(db, settings)
     }
 
