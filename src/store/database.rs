@@ -358,7 +358,6 @@ fn connect(settings: &Settings) -> Result<Connection, rusqlite::Error> {
     db.execute_batch(&format!(
         "PRAGMA page_size = {PAGE_BYTES};
          PRAGMA locking_mode = EXCLUSIVE;
-         PRAGMA journal_mode = WAL;
          PRAGMA synchronous = FULL;
          PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES};
          PRAGMA journal_size_limit = {};
@@ -367,6 +366,16 @@ fn connect(settings: &Settings) -> Result<Connection, rusqlite::Error> {
          PRAGMA temp_store = MEMORY;",
         4 * CHECKPOINT_PAGES * PAGE_BYTES
     ))?;
+    // Read to its end: SQLite says "wal" before it has written that down, and an error of that comes only afterwards.
+    // In any other mode FULL is less, and a power cut takes the last commits.
+    let mut change = db.prepare("PRAGMA journal_mode = WAL")?;
+    let modes = change.query_map([], |row| row.get::<_, String>(0))?.collect::<Result<Vec<_>, _>>()?;
+    drop(change);
+    if modes != ["wal"] {
+        let failed = rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_IOERR);
+        let words = format!("its journal mode stays {modes:?} and cannot be changed to \"wal\"");
+        return Err(rusqlite::Error::SqliteFailure(failed, Some(words)));
+    }
     Ok(db)
 }
 
