@@ -208,6 +208,8 @@ impl Database {
             self.db.execute_batch("ROLLBACK")?;
         }
         (self.outbox, self.session, self.inbox) = load(&self.db)?;
+        (self.boot.epoch, self.boot.boot) =
+            self.db.query_row("SELECT epoch, boot FROM meta", [], |row| Ok((row.get(0)?, row.get(1)?)))?;
         Ok(())
     }
 
