@@ -66,6 +66,12 @@ pub struct Settings {
 pub struct Faults {
     /// How long each COMMIT is held back.
     pub commit_stall: Duration,
+    /// Another `PRAGMA synchronous` than FULL.
+    pub synchronous: Option<&'static str>,
+    /// Another page size for a new database than the one that wears flash least, in bytes.
+    pub page_bytes: Option<u64>,
+    /// Another number of pages from which on the log is moved into the database.
+    pub checkpoint_pages: Option<u64>,
 }
 
 /// What can go wrong with the database.

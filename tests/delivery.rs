@@ -291,17 +291,19 @@ fn doubled_by_kills(faults: Faults, kills: u32) -> Outcome {
 
 /// A stall before each commit stands for a slow card: without it, a kill hardly ever falls between PUBREC and its
 /// commit, and the fault of the negative control would not show.
-const STALL: store::Faults = store::Faults { commit_stall: Duration::from_millis(20) };
+fn slow_card() -> store::Faults {
+    store::Faults { commit_stall: Duration::from_millis(20), ..store::Faults::default() }
+}
 
 #[test]
 fn a_slow_card_does_not_double_a_message() {
-    doubled_by_kills(Faults { store: STALL, ..Faults::default() }, 8).assert_exactly_once();
+    doubled_by_kills(Faults { store: slow_card(), ..Faults::default() }, 8).assert_exactly_once();
 }
 
 /// The negative control of this file: it can see a doubled message.
 #[test]
 fn pubrel_before_the_commit_would_double_messages() {
-    let outcome = doubled_by_kills(Faults { store: STALL, break_pubrel_order: true }, 8);
+    let outcome = doubled_by_kills(Faults { store: slow_card(), break_pubrel_order: true }, 8);
     assert!(outcome.duplicates > 0, "{outcome}");
     assert_eq!(outcome.lost, 0, "{outcome}");
 }

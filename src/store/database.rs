@@ -356,17 +356,20 @@ fn connect(settings: &Settings) -> Result<Connection, rusqlite::Error> {
     db.set_prepared_statement_cache_capacity(64);
     // An agent that is just stopping may still hold the file.
     db.busy_timeout(Duration::from_secs(1))?;
-    let pages_max = (settings.quota + settings.quota / 4 + HEADROOM_BYTES) / PAGE_BYTES;
+    let page_bytes = settings.faults.page_bytes.unwrap_or(PAGE_BYTES);
+    let checkpoint_pages = settings.faults.checkpoint_pages.unwrap_or(CHECKPOINT_PAGES);
+    let synchronous = settings.faults.synchronous.unwrap_or("FULL");
+    let pages_max = (settings.quota + settings.quota / 4 + HEADROOM_BYTES) / page_bytes;
     db.execute_batch(&format!(
-        "PRAGMA page_size = {PAGE_BYTES};
+        "PRAGMA page_size = {page_bytes};
          PRAGMA locking_mode = EXCLUSIVE;
-         PRAGMA synchronous = FULL;
-         PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES};
+         PRAGMA synchronous = {synchronous};
+         PRAGMA wal_autocheckpoint = {checkpoint_pages};
          PRAGMA journal_size_limit = {};
          PRAGMA max_page_count = {pages_max};
          PRAGMA cache_size = -2000;
          PRAGMA temp_store = MEMORY;",
-        4 * CHECKPOINT_PAGES * PAGE_BYTES
+        4 * checkpoint_pages * page_bytes
     ))?;
     // Read to its end: SQLite says "wal" before it has written that down, and an error of that comes only afterwards.
     // In any other mode FULL is less, and a power cut takes the last commits.

@@ -355,7 +355,8 @@ pub fn queued(status: &Status) -> u64 {
 pub fn be_the_agent() {
     let Some(file) = std::env::var_os(CONFIG_VARIABLE) else { return };
     let stall_ms = std::env::var(COMMIT_STALL_VARIABLE).ok().and_then(|ms| ms.parse().ok()).unwrap_or(0);
-    let store = fieldpost::store::Faults { commit_stall: Duration::from_millis(stall_ms) };
+    let store =
+        fieldpost::store::Faults { commit_stall: Duration::from_millis(stall_ms), ..Default::default() };
     let faults =
         Faults { store, break_pubrel_order: std::env::var_os(BREAK_PUBREL_ORDER_VARIABLE).is_some() };
     let _installed = tracing_subscriber::fmt().with_ansi(false).with_writer(std::io::stderr).try_init();
