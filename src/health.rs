@@ -193,6 +193,7 @@ impl Reporter {
             lane: Lane::Alarm,
             at: clock::now(),
             expires_after: None,
+            correlation_data: None,
             payload: text,
         };
         if let Err(error) = self.store.append(vec![alarm]).await {
@@ -208,6 +209,7 @@ impl Reporter {
             lane: Lane::Alarm,
             at: clock::now(),
             expires_after: None,
+            correlation_data: None,
             payload: format::gap(
                 &self.facts.gateway,
                 &format::Gap {

@@ -170,6 +170,9 @@ impl fmt::Display for PacketId {
     }
 }
 
+/// Bytes of Correlation Data that are carried, at most: whoever asks needs 16 for a UUID.
+pub const CORRELATION_MAX_BYTES: usize = 1024;
+
 /// The bytes of a message before it is accepted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Payload {
@@ -227,6 +230,8 @@ pub struct Message {
     pub at: Stamp,
     /// How long after acceptance it is still worth sending; `None` for ever.
     pub expires_after: Option<Duration>,
+    /// MQTT 5 Correlation Data, for the answer to a command; at most [`CORRELATION_MAX_BYTES`].
+    pub correlation_data: Option<Bytes>,
     /// What it tells.
     pub payload: Payload,
 }
@@ -248,6 +253,8 @@ pub struct Record {
     pub at_ms: i64,
     /// Seconds it is still worth sending; `None` for ever.
     pub expires_s: Option<u32>,
+    /// MQTT 5 Correlation Data.
+    pub correlation_data: Option<Bytes>,
     /// The application message.
     pub payload: Bytes,
 }

@@ -124,6 +124,7 @@ impl Policy {
             lane: shared.lane,
             at: format::oldest(samples.iter().map(|(_, sample)| sample.at)),
             expires_after: shared.expires_after,
+            correlation_data: None,
             payload: format::values(&self.gateway, &shared.id.line, &shared.id.unit, &entries),
         };
         Report { message, points: samples.iter().map(|(_, sample)| sample.point).collect() }

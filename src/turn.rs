@@ -201,15 +201,31 @@ pub struct Begin {
 
 /// Bytes of a PUBLISH at QoS 1 or 2 on MQTT 5 (section 3.3), for the broker's Maximum Packet Size, which 3.1.1
 /// does not have.
-pub fn publish_bytes(topic: &str, payload: &[u8], expires_s: Option<u32>) -> usize {
+pub fn publish_bytes(
+    topic: &str,
+    payload: &[u8],
+    expires_s: Option<u32>,
+    correlation_data: Option<&[u8]>,
+) -> usize {
     let expiry = if expires_s.is_some() { 5 } else { 0 };
-    // Topic length, Packet Identifier, Property Length.
-    let remaining = 2 + topic.len() + 2 + 1 + expiry + payload.len();
-    let length = match remaining {
+    let properties = expiry + correlation_data.map_or(0, |data| 1 + 2 + data.len());
+    // Topic length, Packet Identifier.
+    let remaining = 2 + topic.len() + 2 + varint_bytes(properties) + properties + payload.len();
+    1 + varint_bytes(remaining) + remaining
+}
+
+/// The same for a message of the outbox.
+pub fn record_bytes(record: &Record) -> usize {
+    let Record { topic, payload, expires_s, correlation_data, .. } = record;
+    publish_bytes(topic.as_str(), payload, *expires_s, correlation_data.as_deref())
+}
+
+/// Bytes of a Variable Byte Integer (MQTT 5.0 section 1.5.5).
+fn varint_bytes(value: usize) -> usize {
+    match value {
         0..0x80 => 1,
         0x80..0x4000 => 2,
         0x4000..0x20_0000 => 3,
         _ => 4,
-    };
-    1 + length + remaining
+    }
 }

@@ -35,6 +35,7 @@ fn message(topic: &str, qos: Qos, text: &str) -> Message {
         lane: Lane::Normal,
         at: clock::now(),
         expires_after: None,
+        correlation_data: None,
         payload: Payload::Whole(Bytes::copy_from_slice(text.as_bytes())),
     }
 }

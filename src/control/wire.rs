@@ -375,6 +375,7 @@ pub(super) fn understand(line: &str, now: Stamp) -> Result<Ask, String> {
         lane,
         at: now,
         expires_after: None,
+        correlation_data: None,
         payload,
     }))
 }

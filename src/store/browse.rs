@@ -243,13 +243,14 @@ pub(super) fn dead_letters(db: &Connection, after: u64, limit: u32) -> Sql<Found
 /// A dead letter as the message it was: `None` when there is none, `Some(None)` when it is damaged.
 pub(super) fn dead_message(db: &Connection, number: u64, now: Stamp) -> Sql<Option<Option<Message>>> {
     let mut statement = db.prepare_cached(
-        "SELECT lane, topic, qos, retain, at_ms, payload, expires_s FROM dead_letter WHERE number = ?",
+        "SELECT lane, topic, qos, retain, at_ms, payload, expires_s, correlation FROM dead_letter WHERE number = ?",
     )?;
     let mut rows = statement.query([number])?;
     let Some(row) = rows.next()? else { return Ok(None) };
     let (topic, qos, at_ms): (String, u64, i64) = (row.get(1)?, row.get(2)?, row.get(4)?);
     let (payload, expires_s): (Vec<u8>, Option<u64>) = (row.get(5)?, row.get(6)?);
     let (lane, retain) = (lane_of(row.get(0)?), row.get(3)?);
+    let correlation_data = row.get::<_, Option<Vec<u8>>>(7)?.map(Into::into);
     let whole = Topic::new(&topic).ok().zip(Qos::from_number(qos));
     Ok(Some(whole.map(|(topic, qos)| Message {
         topic,
@@ -258,6 +259,7 @@ pub(super) fn dead_message(db: &Connection, number: u64, now: Stamp) -> Sql<Opti
         lane,
         at: Stamp { wall_ms: at_ms, mono_ms: now.mono_ms },
         expires_after: expires_s.map(Duration::from_secs),
+        correlation_data,
         payload: Payload::Whole(payload.into()),
     })))
 }

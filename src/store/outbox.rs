@@ -206,7 +206,9 @@ impl Outbox {
 
     /// Bytes the messages will take, about.
     pub(crate) fn cost(messages: &[Message]) -> u64 {
-        messages.iter().map(|m| m.payload.len_max() as u64 + m.topic.as_str().len() as u64 + 16).sum()
+        let correlation = |m: &Message| m.correlation_data.as_ref().map_or(0, |data| data.len());
+        let bytes = |m: &Message| m.payload.len_max() + m.topic.as_str().len() + correlation(m) + 16;
+        messages.iter().map(|m| bytes(m) as u64).sum()
     }
 
     /// Numbers and stores messages of any lanes; the caller has made room.
@@ -230,6 +232,7 @@ impl Outbox {
                 expires_after_s: message
                     .expires_after
                     .map(|after| u32::try_from(after.as_secs().max(1)).unwrap_or(u32::MAX)),
+                correlation_data: message.correlation_data,
                 payload: message.payload.finish(boot.epoch, seq),
             });
         }

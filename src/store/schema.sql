@@ -91,7 +91,8 @@ CREATE TABLE dead_letter (
     retain          INTEGER NOT NULL,
     at_ms           INTEGER NOT NULL,
     payload         BLOB NOT NULL,
-    expires_s       INTEGER                     -- seconds it was worth sending when it died
+    expires_s       INTEGER,                    -- seconds it was worth sending when it died
+    correlation     BLOB
 );
 
 -- What limits and damage took and no gap record has yet told the cloud.

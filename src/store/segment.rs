@@ -4,8 +4,9 @@
 //!
 //! ```text
 //! topics  = count, { length, UTF-8 bytes }…
-//! record  = flags, topic index, zigzag(acquired − accepted, ms), [expires after, s], length, payload, CRC32C
-//! flags   = bit 0 QoS 2, bit 1 retain, bit 2 has an expiry
+//! record  = flags, topic index, zigzag(acquired − accepted, ms), [expires after, s],
+//!           [length, Correlation Data], length, payload, CRC32C
+//! flags   = bit 0 QoS 2, bit 1 retain, bit 2 has an expiry, bit 3 has Correlation Data
 //! ```
 //!
 //! The topics stand in the segment itself, so that a segment can be read when nothing else can. The checksum
@@ -18,6 +19,7 @@ use crate::message::{Lane, Qos, Record, Seq, Topic};
 const QOS_2: u8 = 1;
 const RETAIN: u8 = 2;
 const EXPIRES: u8 = 4;
+const CORRELATES: u8 = 8;
 
 /// Records of one segment at most; a bigger commit makes several.
 pub(crate) const RECORDS_MAX: u32 = 512;
@@ -43,6 +45,7 @@ pub(crate) struct Entry {
     pub(crate) retain: bool,
     pub(crate) at_ms: i64,
     pub(crate) expires_after_s: Option<u32>,
+    pub(crate) correlation_data: Option<Bytes>,
     pub(crate) payload: Bytes,
 }
 
@@ -57,6 +60,7 @@ impl Entry {
             retain: self.retain,
             at_ms: self.at_ms,
             expires_s,
+            correlation_data: self.correlation_data,
             payload: self.payload,
         }
     }
@@ -74,12 +78,17 @@ pub(crate) fn encode(lane: Lane, first: Seq, accepted_ms: i64, entries: &[Entry]
         let start = records.len();
         let flags = if entry.qos == Qos::ExactlyOnce { QOS_2 } else { 0 }
             | if entry.retain { RETAIN } else { 0 }
-            | if entry.expires_after_s.is_some() { EXPIRES } else { 0 };
+            | if entry.expires_after_s.is_some() { EXPIRES } else { 0 }
+            | if entry.correlation_data.is_some() { CORRELATES } else { 0 };
         records.push(flags);
         put(&mut records, index as u64);
         put(&mut records, zigzag(entry.at_ms.wrapping_sub(accepted_ms)));
         if let Some(seconds) = entry.expires_after_s {
             put(&mut records, u64::from(seconds));
+        }
+        if let Some(data) = &entry.correlation_data {
+            put(&mut records, data.len() as u64);
+            records.extend_from_slice(data);
         }
         put(&mut records, entry.payload.len() as u64);
         records.extend_from_slice(&entry.payload);
@@ -173,6 +182,13 @@ impl Reader {
         let index = self.number()?;
         let at_ms = accepted_ms.wrapping_add(unzigzag(self.number()?));
         let expires_after_s = if flags & EXPIRES != 0 { Some(self.number()?) } else { None };
+        let correlation_data = match flags & CORRELATES {
+            0 => None,
+            _ => {
+                let length = self.number()?;
+                Some(self.bytes(length)?)
+            }
+        };
         let length = self.number()?;
         let payload = self.bytes(length)?;
         let record = self.body.slice(start..self.at);
@@ -189,6 +205,7 @@ impl Reader {
             retain: flags & RETAIN != 0,
             at_ms,
             expires_after_s: expires_after_s.map(|seconds| u32::try_from(seconds).unwrap_or(u32::MAX)),
+            correlation_data,
             payload,
         }))
     }
@@ -252,6 +269,7 @@ mod tests {
             retain: payload.len().is_multiple_of(2),
             at_ms: 1_000 - payload.len() as i64 * 7,
             expires_after_s: payload.len().is_multiple_of(3).then_some(payload.len() as u32),
+            correlation_data: (payload.len() > 3).then(|| Bytes::from_static(b"\0who asked")),
             payload: Bytes::copy_from_slice(payload),
         }
     }

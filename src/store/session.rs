@@ -13,7 +13,7 @@ use super::Boot;
 use super::outbox::{DropReason, Outbox};
 use crate::clock::Stamp;
 use crate::message::{Lane, PacketId, Qos, Record, Seq};
-use crate::turn::{Begin, Change, Offer, OnSessionLoss, Resume, RowState, Taken, publish_bytes};
+use crate::turn::{Begin, Change, Offer, OnSessionLoss, Resume, RowState, Taken, record_bytes};
 
 type Sql<T> = Result<T, rusqlite::Error>;
 
@@ -249,7 +249,7 @@ impl SessionTable {
         'lanes: for lane in Lane::ALL {
             while let Some(id) = next_id.filter(|_| bytes_left > 0) {
                 let Some(record) = outbox.take(db, lane, boot, now)? else { continue 'lanes };
-                let bytes = publish_bytes(record.topic.as_str(), &record.payload, record.expires_s);
+                let bytes = record_bytes(&record);
                 if offer.max_publish_bytes.is_some_and(|max| bytes > max as usize) {
                     let (lane, seq) = (record.lane, record.seq);
                     bury(db, outbox, lane, seq, PACKET_TOO_LARGE, Some(record), (boot, now))?;
@@ -368,8 +368,8 @@ fn bury(
     if let Some(record) = record {
         db.prepare_cached(
             "INSERT INTO dead_letter (lane, seq, epoch, reason, dead_ms, topic, qos, retain, at_ms, payload,
-                                      expires_s)
-             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                                      expires_s, correlation)
+             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         )?
         .execute(params![
             lane as i64,
@@ -383,6 +383,7 @@ fn bury(
             record.at_ms,
             &record.payload[..],
             record.expires_s,
+            record.correlation_data.as_deref(),
         ])?;
         db.prepare_cached(
             "DELETE FROM dead_letter WHERE number <= (SELECT max(number) FROM dead_letter) - ?",

@@ -17,7 +17,7 @@ use bytes::Bytes;
 use super::packet::{ConnAck, Limits, Packet, Protocol, Publish, ReasonCode};
 use crate::message::{Lane, Message, PacketId, Qos, Record, Seq, Topic};
 use crate::turn::{
-    Begin, Change, Hold, Inbound, Offer, OnSessionLoss, Resume, RowState, Taken, publish_bytes,
+    Begin, Change, Hold, Inbound, Offer, OnSessionLoss, Resume, RowState, Taken, publish_bytes, record_bytes,
 };
 
 /// Identifiers 1 to this are for SUBSCRIBE, the canary and presence; messages go round above it.
@@ -606,7 +606,7 @@ impl Session {
     /// health. It waits for room like any other message, and is not repeated on another connection.
     /// `false`: too many wait already, or the broker takes none so large.
     pub fn publish_presence(&mut self, topic: Topic, payload: Bytes, retain: bool, now_ms: u64) -> bool {
-        let bytes = publish_bytes(topic.as_str(), &payload, None);
+        let bytes = publish_bytes(topic.as_str(), &payload, None, None);
         if self.own_waiting.len() >= OWN_WAITING_MAX || self.is_too_large(bytes) {
             return false;
         }
@@ -918,7 +918,7 @@ impl Session {
                 }
                 let record = flight.record.clone()?;
                 let dup = flight.left != Left::No;
-                let bytes = publish_bytes(record.topic.as_str(), &record.payload, record.expires_s);
+                let bytes = record_bytes(&record);
                 if self.is_too_large(bytes) || (flight.qos == Qos::ExactlyOnce && flight.qos > max_qos) {
                     self.give_up(id, now_ms);
                     return None;
@@ -966,7 +966,7 @@ impl Session {
         }
         if qos == Qos::AtMostOnce {
             let retain = record.retain && self.limits.retain_available != Some(false);
-            let packet = publish(record.topic, record.payload, qos, retain, None, record.expires_s);
+            let packet = self.publish_record(record, qos, retain, None);
             self.send(Packet::Publish(Box::new(packet)));
             self.pending.push(Change::Acknowledged { lane, seq });
             return None;
@@ -998,14 +998,21 @@ impl Session {
         let Some(flight) = self.flights.get_mut(&id) else { return };
         flight.sent = true;
         flight.left = Left::Yes;
-        let mut packet =
-            publish(record.topic, record.payload, flight.qos, retain, Some(id), record.expires_s);
+        let qos = flight.qos;
+        let mut packet = self.publish_record(record, qos, retain, Some(id));
         packet.dup = dup;
         self.in_flight += 1;
-        if flight.qos == Qos::ExactlyOnce {
+        if qos == Qos::ExactlyOnce {
             self.qos2_in_flight += 1;
         }
         self.send(Packet::Publish(Box::new(packet)));
+    }
+
+    fn publish_record(&self, record: Record, qos: Qos, retain: bool, id: Option<PacketId>) -> Publish {
+        let packet = publish(record.topic, record.payload, qos, retain, id, record.expires_s);
+        // 3.1.1 has no properties.
+        let data = record.correlation_data.filter(|_| self.settings.protocol == Protocol::V5);
+        Publish { correlation_data: data, ..packet }
     }
 
     /// Puts a PUBREL on its way; what it depends on is committed.

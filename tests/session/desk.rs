@@ -40,6 +40,7 @@ pub fn record(seq: u64, topic: &str, qos: Qos) -> Record {
         retain: false,
         at_ms: 0,
         expires_s: None,
+        correlation_data: None,
         payload: Bytes::from(seq.to_string()),
     }
 }

@@ -165,6 +165,7 @@ fn qos_0_is_sent_while_messages_flow_and_not_before() {
         lane: fieldpost::message::Lane::Normal,
         at: fieldpost::clock::Stamp { wall_ms: 0, mono_ms: 0 },
         expires_after: None,
+        correlation_data: None,
         payload: fieldpost::message::Payload::Whole("now".into()),
     };
     let mut desk = Desk::new(Protocol::V5, nothing());

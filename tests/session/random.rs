@@ -186,6 +186,7 @@ fn fault(world: &mut World, rng: &mut Rng, index: usize) {
                 lane: Lane::Normal,
                 at: world.now,
                 expires_after: Some(Duration::from_secs(1)),
+                correlation_data: None,
                 payload: Payload::Whole(world.next_number.to_string().into()),
             };
             world.append(vec![message]);

@@ -310,7 +310,7 @@ fn a_row_is_not_sent_above_the_maximum_qos_of_this_connack() {
 fn a_message_just_small_enough_is_sent() {
     for payload in [1, 90, 100, 110, 120, 130, 200] {
         let topic = "t/normal/2/0";
-        let bytes = fieldpost::turn::publish_bytes(topic, &vec![0; payload], None);
+        let bytes = fieldpost::turn::publish_bytes(topic, &vec![0; payload], None, None);
         for (limit, arrives) in [(bytes, true), (bytes - 1, false)] {
             let mut plan = Plan::new(Protocol::V5);
             plan.limits.maximum_packet_size = Some(limit.max(80) as u32);

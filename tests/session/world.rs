@@ -308,6 +308,7 @@ impl World {
             lane,
             at: self.now,
             expires_after: None,
+            correlation_data: None,
             payload: Payload::Whole(payload.into()),
         };
         self.append(vec![message]);
@@ -328,6 +329,7 @@ impl World {
                 lane,
                 at: self.now,
                 expires_after: None,
+                correlation_data: None,
                 payload: Payload::Whole(text.into()),
             }
         });
@@ -394,7 +396,7 @@ impl World {
         }
         self.note(|| format!("commit {list:?} offer {}", offer.is_some()));
         let now = self.now;
-        let batch = Batch { appends, changes: list.clone(), offer };
+        let batch = Batch { appends, changes: list.clone(), offer, ..Batch::default() };
         let committed = match self.store().commit(batch, now) {
             Ok(committed) => committed,
             Err(error) => {
