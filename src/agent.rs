@@ -2,9 +2,10 @@
 //!
 //! ```text
 //! lines ──readings──► pipeline ──► store ◄──► uplink        reporter answers the control socket
+//!   ▲───writes───── dispatch ◄───────┘
 //! ```
 //!
-//! Invariant: a stop follows the flow (sources, pipeline, uplink, store), each with a deadline; whatever is
+//! Invariant: a stop follows the flow (dispatch, sources, pipeline, uplink, store), each with a deadline; whatever is
 //! not sent by then is in the database.
 
 use std::io;
@@ -21,11 +22,14 @@ use tracing::{error, info, warn};
 use crate::clock;
 use crate::config::{self, Config};
 use crate::control::{self, BindError};
+use crate::dispatch::desk::Limits;
+use crate::dispatch::{self, LineEnd};
 use crate::health::{Facts, Reporter};
-use crate::message::TopicError;
+use crate::message::{Qos, TopicError};
 use crate::pipeline;
 use crate::point::{PointIndex, Reading};
 use crate::policy::Policy;
+use crate::policy::command::{self, WritablePoint};
 use crate::policy::format::Speaker;
 use crate::source::modbus::{self, LateReplies, Line, LinePoint, LineStatus, Unit};
 use crate::stats::Stats;
@@ -43,6 +47,14 @@ const QOS0_MAX: usize = 256;
 const ANNOUNCEMENTS_MAX: usize = 1024;
 /// Control requests on their way to the reporter.
 const REQUESTS_MAX: usize = 64;
+/// Writes on their way to one line: it has at most one at a time.
+const WRITES_MAX: usize = 1;
+/// Ends of writes on their way to dispatch.
+const WRITTEN_MAX: usize = 64;
+/// How long a write that has begun may take beside its line's own timeouts.
+const WRITE_PATIENCE: Duration = Duration::from_secs(5);
+/// Timeouts of its line that a write may take: what is under way before it, its request, and reading back.
+const WRITE_TIMEOUTS: u32 = 4;
 /// How long the store may take to close.
 const CLOSE_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -73,6 +85,8 @@ pub struct Faults {
     pub store: store::Faults,
     /// PUBREL leaves before the PUBREC is committed.
     pub break_pubrel_order: bool,
+    /// A write is handed to its line before its beginning is committed.
+    pub break_command_order: bool,
 }
 
 /// Runs until it is asked to stop by SIGTERM or SIGINT.
@@ -145,6 +159,8 @@ impl Signals {
 struct Agent {
     /// Held until the stop, so that an agent without lines has a pipeline too.
     readings: Option<mpsc::Sender<Reading>>,
+    dispatch: JoinSet<()>,
+    stop_dispatch: watch::Sender<bool>,
     lines: JoinSet<()>,
     stop_lines: watch::Sender<bool>,
     pipeline: JoinSet<()>,
@@ -177,13 +193,18 @@ impl Agent {
         let (announcements, to_announce) = mpsc::channel(ANNOUNCEMENTS_MAX);
         let (requests, asked) = mpsc::channel(REQUESTS_MAX);
         let (link_status, link) = watch::channel(LinkStatus::new());
+        let (stop_dispatch, dispatch_stopped) = watch::channel(false);
         let (stop_lines, lines_stopped) = watch::channel(false);
         let (stop_uplink, uplink_stopped) = watch::channel(Stop::No);
         let (stop_reporter, reporter_stopped) = watch::channel(false);
 
         let mut lines = JoinSet::new();
         let mut line_states = Vec::new();
+        let mut line_ends = Vec::new();
+        let (_written, from_lines_written) = mpsc::channel(WRITTEN_MAX);
         for line in &config.modbus {
+            let (writes, _to_write) = mpsc::channel(WRITES_MAX);
+            line_ends.push(LineEnd { writes, patience: WRITE_TIMEOUTS * line.timeout + WRITE_PATIENCE });
             let line = modbus_line(config, line);
             let (status, state) = watch::channel(LineStatus::of(&line));
             line_states.push(state);
@@ -191,6 +212,11 @@ impl Agent {
             let ((_, writes), (written, _)) = (mpsc::channel(1), mpsc::channel(1));
             lines.spawn(modbus::run(line, readings, writes, written, status, stats, stop));
         }
+
+        let mut dispatch = JoinSet::new();
+        let settings = dispatch_settings(config, line_ends, faults);
+        let (to_dispatch, counters) = (store.clone(), Arc::clone(&stats));
+        dispatch.spawn(dispatch::run(settings, to_dispatch, from_lines_written, counters, dispatch_stopped));
 
         let mut pipeline = JoinSet::new();
         let reporting = config.points.iter().map(|point| point.report.clone());
@@ -236,6 +262,8 @@ impl Agent {
         );
         Ok(Agent {
             readings: Some(readings),
+            dispatch,
+            stop_dispatch,
             lines,
             stop_lines,
             pipeline,
@@ -253,6 +281,7 @@ impl Agent {
             () = signals.next() => true,
             // None of these ends before it is told to; an empty set of lines is no end.
             Some(_) = self.lines.join_next(), if !self.lines.is_empty() => false,
+            Some(_) = self.dispatch.join_next() => false,
             Some(_) = self.pipeline.join_next() => false,
             Some(_) = self.uplink.join_next() => false,
             Some(_) = self.reporter.join_next() => false,
@@ -279,8 +308,10 @@ impl Agent {
         if asked { Ok(()) } else { Err(AgentError::Unasked) }
     }
 
-    /// In the order of the flow: nothing new comes in, what came in is stored, what is in flight is finished.
+    /// In the order of the flow: writes under way are finished, nothing new comes in, what came in is stored, what is in flight is finished.
     async fn stop(&mut self, deadline: Instant) {
+        let _gone = self.stop_dispatch.send(true);
+        join(&mut self.dispatch, deadline, "the commands").await;
         let _gone = self.stop_lines.send(true);
         join(&mut self.lines, deadline, "the lines").await;
         self.readings = None;
@@ -342,7 +373,11 @@ fn uplink_settings(
         retry_refused_for_ms: ms(broker.retry_refused_for),
         canary: crate::message::Topic::new(&format!("{base}/canary"))?,
         presence: crate::message::Topic::new(&format!("{base}/state"))?,
-        commands: Vec::new(),
+        // What nobody may write to is not asked for: some brokers disconnect whoever subscribes to what he may not.
+        commands: match writable_points(config).is_empty() {
+            true => Vec::new(),
+            false => vec![(config.commands.topic.to_string(), Qos::ExactlyOnce)],
+        },
         break_pubrel_order: faults.break_pubrel_order,
     };
     Ok(connection::Settings {
@@ -361,6 +396,27 @@ fn uplink_settings(
         speaker,
         session,
     })
+}
+
+fn dispatch_settings(config: &Config, lines: Vec<LineEnd>, faults: Faults) -> dispatch::Settings {
+    let commands = &config.commands;
+    dispatch::Settings {
+        gateway: config.gateway.id.clone(),
+        judge: command::Settings {
+            points: writable_points(config),
+            ttl: commands.ttl,
+            max_ttl: commands.max_ttl,
+            answer_topic: commands.answer_topic.clone(),
+            response_topics: commands.response_topics.clone(),
+        },
+        limits: Limits { max_per_second: commands.max_per_second, burst: commands.burst },
+        lines,
+        break_order: faults.break_command_order,
+    }
+}
+
+fn writable_points(_config: &Config) -> Vec<WritablePoint> {
+    Vec::new()
 }
 
 fn facts(config: &Config, started: clock::Stamp) -> Facts {

@@ -1,9 +1,11 @@
-//! Vocabulary of what is asked: one write to one point, and what became of it.
+//! Vocabulary of what is asked: a recorded command, one write to one point, and what became of either.
 //!
 //! Invariant (P8): what may or may not have been carried out is never called done, and never called failed.
 
 use crate::clock::Stamp;
+use crate::message::Message;
 use crate::point::{PointIndex, Value};
+use crate::turn::Inbound;
 
 /// Names one write from the moment it is asked for to its outcome; never used twice by one run of the agent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -59,4 +61,58 @@ pub enum Outcome {
         /// Why, in words.
         reason: String,
     },
+}
+
+/// A command, as it was recorded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Recorded {
+    /// Its number: the order of arrival. Never used twice by one run of the agent.
+    pub number: u64,
+    /// Its id, once it was begun.
+    pub id: Option<String>,
+    /// What was received.
+    pub inbound: Inbound,
+    /// When.
+    pub received: Stamp,
+    /// How long ago that is, in milliseconds; `None` where another boot and an unset clock hide it.
+    pub age_ms: Option<u64>,
+}
+
+/// One thing that becomes of a command, committed before anybody acts on it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CommandStep {
+    /// It is about to be carried out: its id is known from here on, and a crash leaves its end unknown.
+    Begin {
+        /// Its number.
+        number: u64,
+        /// Its id.
+        id: String,
+    },
+    /// It has come to its end. The answer joins the outbox in the same transaction, above the quota if need be.
+    Answer {
+        /// Its number.
+        number: u64,
+        /// Its id, if it has a readable one.
+        id: Option<String>,
+        /// The answer.
+        answer: Box<Message>,
+    },
+    /// It repeats one that waits: neither carried out nor answered.
+    Forget {
+        /// Its number.
+        number: u64,
+    },
+}
+
+/// What a committed step amounted to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stepped {
+    /// It is on the disk.
+    Done,
+    /// Its id belongs to an earlier command: this one is forgotten, and neither carried out nor answered.
+    Repeated,
+    /// There is no room for the answer even above the quota: nothing was done.
+    NoRoom,
+    /// There is no such command, because the database was damaged meanwhile: nothing was done.
+    Gone,
 }

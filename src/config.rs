@@ -5,6 +5,7 @@
 
 mod broker;
 mod check;
+mod commands;
 mod modbus;
 mod place;
 mod points;
@@ -41,6 +42,8 @@ pub struct Config {
     pub store: Store,
     /// `[control]`
     pub control: Control,
+    /// `[commands]`
+    pub commands: Commands,
     /// `[[modbus]]`
     pub modbus: Vec<ModbusLine>,
     /// Every point of every unit of every line, in the order of the file: [`crate::point::PointIndex`] counts here.
@@ -126,6 +129,25 @@ pub struct Store {
 pub struct Control {
     /// Path of the Unix socket. Default: `control.sock` beside the database. At most 107 bytes.
     pub socket: PathBuf,
+}
+
+/// What the gateway lets itself be told. Which points may be written is said at each point; none is by default.
+#[derive(Debug, Clone)]
+pub struct Commands {
+    /// Where commands come in. Default `{base_topic}/command`.
+    pub topic: Topic,
+    /// How long a command that does not say is worth carrying out, from its reception. Default 30 s, 1 s to 1 d.
+    pub ttl: Duration,
+    /// The longest a command may ask for. Default 10 min, 1 s to 1 d.
+    pub max_ttl: Duration,
+    /// Commands taken each second, in the long run. Default 10, 1 to 1000.
+    pub max_per_second: u32,
+    /// Commands taken at once after a quiet time. Default 50, 1 to 10000.
+    pub burst: u32,
+    /// Below which topics an answer may go where its command says; each ends in `/`. Default none.
+    pub response_topics: Vec<String>,
+    /// Where answers go otherwise: `{base_topic}/answer`.
+    pub answer_topic: Topic,
 }
 
 /// One serial line or Modbus TCP server, with its units.

@@ -4,7 +4,7 @@
 //!  devices ─► source/* ──Reading─► pipeline(policy) ──Message──► store/outbox ──► uplink ──PUBLISH──► broker
 //!                                                                        ▲           │
 //!                                                                        └─ settle ──┘ PUBACK / PUBREC / PUBCOMP
-//!                                                  store/inbox ◄── uplink ◄──PUBLISH── broker
+//!  devices ◄─ source/* ◄──Write── dispatch ◄──Command── store/inbox ◄── uplink ◄──PUBLISH── broker
 //! ```
 //!
 //! **The database is the truth; everything in memory can be thrown away.** A message exists when its
@@ -24,6 +24,7 @@ pub mod clock;
 pub mod command;
 pub mod config;
 pub mod control;
+pub mod dispatch;
 pub mod health;
 pub mod message;
 pub mod pipeline;

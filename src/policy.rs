@@ -3,6 +3,7 @@
 //! Invariant: what is reported together was read together. A message holds points of one unit and one reading
 //! only, and every sample is reported, within its dead band, or of an unknown point.
 
+pub mod command;
 pub mod deadband;
 pub mod format;
 pub mod topic;

@@ -91,6 +91,24 @@ counters! {
     inbound_repeated,
     /// Inbound messages refused: too large, or the inbox full.
     inbound_refused,
+    /// Commands taken from the inbox.
+    commands_received,
+    /// Commands carried out and read back.
+    commands_done,
+    /// Commands refused, those over the limit included.
+    commands_refused,
+    /// Commands whose time was over.
+    commands_expired,
+    /// Commands that were certainly not carried out as asked.
+    commands_failed,
+    /// Commands that may or may not have been carried out.
+    commands_unknown,
+    /// Commands with an id that was known already: neither carried out nor answered again.
+    commands_repeated,
+    /// Commands above `max_per_second`.
+    commands_over_limit,
+    /// Commands' steps tried again, because the database failed or had no room even above the quota.
+    command_steps_retried,
     /// Connections to the broker that reached CONNACK with success.
     connects,
     /// Attempts to connect that failed.

@@ -23,10 +23,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::clock::Stamp;
+use crate::command::{CommandStep, Recorded, Stepped};
 use crate::message::{Lane, Message, PacketId, Seq};
 use crate::turn::{Begin, Change, Offer, OnSessionLoss, Taken};
 use database::{Database, sqlite_error};
 
+pub use inbox::KNOWN_MAX;
 pub use outbox::LaneDepth;
 pub use salvage::Damage;
 pub use session::Settled;
@@ -201,6 +203,8 @@ pub struct Batch {
     pub appends: Vec<Append>,
     /// What the session learned.
     pub changes: Vec<Change>,
+    /// What becomes of commands.
+    pub steps: Vec<CommandStep>,
     /// What the session can take.
     pub offer: Option<Offer>,
 }
@@ -210,6 +214,8 @@ pub struct Batch {
 pub struct Committed {
     /// For each append, whether it was accepted.
     pub appends: Vec<Result<(), NotAccepted>>,
+    /// What each step amounted to.
+    pub steps: Vec<Stepped>,
     /// Messages handed to the session.
     pub taken: Vec<Taken>,
     /// Inbound identifiers whose message was refused because the inbox is full.
@@ -254,6 +260,8 @@ pub struct Store {
     boot: Boot,
     damage: Option<Damage>,
     trouble: Option<String>,
+    /// Outlives a database that is replaced: numbers must not repeat in one run.
+    newest_command: u64,
     /// Where the check behind the start goes on; `None` when it is done.
     check_from: Option<i64>,
 }
@@ -268,7 +276,16 @@ impl Store {
         let (database, damage) = open_or_start_over(&settings)?;
         keep_reserve(&settings.path);
         let boot = database.boot().clone();
-        Ok(Store { settings, database: Some(database), boot, damage, trouble: None, check_from: Some(0) })
+        let newest_command = database.newest_command();
+        Ok(Store {
+            settings,
+            database: Some(database),
+            boot,
+            damage,
+            trouble: None,
+            newest_command,
+            check_from: Some(0),
+        })
     }
 
     /// Opens the database of an agent that is not running, to look at the queue or to do what people ask. No start
@@ -282,7 +299,8 @@ impl Store {
         let database = Database::visit(&settings)?;
         let boot = database.boot().clone();
         let database = Some(database);
-        Ok(Store { settings, database, boot, damage: None, trouble: None, check_from: None })
+        let (damage, trouble, newest_command, check_from) = (None, None, 0, None);
+        Ok(Store { settings, database, boot, damage, trouble, newest_command, check_from })
     }
 
     /// What people ask of the queue.
@@ -353,6 +371,29 @@ impl Store {
         Ok(self.check_from.is_some())
     }
 
+    /// The number of the newest recorded command; 0 when there never was one.
+    pub fn newest_command(&self) -> u64 {
+        self.newest_command
+    }
+
+    /// The first `count` recorded commands with a number above `after`, in order.
+    ///
+    /// # Errors
+    /// The table cannot be read, or the database could not be opened again.
+    pub fn recorded(&self, after: u64, count: usize, now: Stamp) -> Result<Vec<Recorded>, StoreError> {
+        let database = self.database.as_ref().ok_or_else(|| self.gone())?;
+        database.recorded(after, count, now).map_err(|source| sqlite_error(&self.settings.path, source))
+    }
+
+    /// Commands that had begun and were not answered: whether they were carried out is unknown.
+    ///
+    /// # Errors
+    /// As [`Store::recorded`].
+    pub fn interrupted(&self, now: Stamp) -> Result<Vec<Recorded>, StoreError> {
+        let database = self.database.as_ref().ok_or_else(|| self.gone())?;
+        database.interrupted(now).map_err(|source| sqlite_error(&self.settings.path, source))
+    }
+
     /// What screens show.
     ///
     /// # Errors
@@ -396,6 +437,7 @@ impl Store {
         match database.transaction(work) {
             Ok(done) => {
                 self.boot = database.boot().clone();
+                self.newest_command = database.newest_command();
                 if self.trouble.take().is_some() {
                     tracing::info!("the database takes messages again");
                     keep_reserve(&self.settings.path);
@@ -433,7 +475,8 @@ impl Store {
     }
 
     fn open_again(&mut self) -> Result<(), StoreError> {
-        let (database, damage) = open_or_start_over(&self.settings)?;
+        let (mut database, damage) = open_or_start_over(&self.settings)?;
+        database.number_commands_above(self.newest_command);
         self.boot = database.boot().clone();
         self.database = Some(database);
         self.damage = damage.or(self.damage.take());
@@ -441,7 +484,8 @@ impl Store {
     }
 
     fn replace(&mut self, what: String) -> Result<(), StoreError> {
-        let (database, damage) = start_over(&self.settings, what)?;
+        let (mut database, damage) = start_over(&self.settings, what)?;
+        database.number_commands_above(self.newest_command);
         self.boot = database.boot().clone();
         (self.database, self.damage) = (Some(database), Some(damage));
         Ok(())

@@ -303,7 +303,8 @@ fn a_slow_card_does_not_double_a_message() {
 /// The negative control of this file: it can see a doubled message.
 #[test]
 fn pubrel_before_the_commit_would_double_messages() {
-    let outcome = doubled_by_kills(Faults { store: slow_card(), break_pubrel_order: true }, 8);
+    let faults = Faults { store: slow_card(), break_pubrel_order: true, ..Faults::default() };
+    let outcome = doubled_by_kills(faults, 8);
     assert!(outcome.duplicates > 0, "{outcome}");
     assert_eq!(outcome.lost, 0, "{outcome}");
 }

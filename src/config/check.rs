@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use super::place::{Place, Problem, Problems, Source};
 use super::quantity;
-use super::raw::{self, COMMIT_INTERVAL, CONTROL, GATEWAY, ROOT, STORE, Value};
+use super::raw::{self, COMMANDS, COMMIT_INTERVAL, CONTROL, GATEWAY, ROOT, STORE, Value};
 use super::read::{Section, Walk};
 use super::value::{self, Complaint, Surroundings};
 use super::{Config, Control, Gateway, Store, WhenFull};
@@ -160,8 +160,10 @@ fn whole(walk: &mut Walk<'_>, root: &raw::Table) -> Config {
     let store_place = section.table.get("path").map_or(section.table.place, |entry| entry.node.place);
     let section = walk.section(root, "control", &CONTROL, false);
     let control = control(walk, section, &store.path, store_place);
+    let section = walk.section(root, "commands", &COMMANDS, false);
+    let commands = super::commands::commands(walk, section, &gateway.id, &gateway.base_topic);
     let (modbus, points) = super::modbus::lines(walk, root, &gateway.id);
-    Config { gateway, broker, store, control, modbus, points }
+    Config { gateway, broker, store, control, commands, modbus, points }
 }
 
 fn gateway(walk: &mut Walk<'_>, section: Section<'_>) -> Gateway {

@@ -67,6 +67,7 @@ pub(super) const ROOT: Keys = Keys {
         known("broker", "[broker] and under it: url = \"mqtt://127.0.0.1:1883\"", &["mqtt", "cloud"]),
         known("store", "[store]", &["database", "storage", "outbox"]),
         key("control", "[control]"),
+        known("commands", "[commands]", &["command"]),
         known("modbus", "[[modbus]]", &["line", "lines"]),
     ],
 };
@@ -131,6 +132,23 @@ pub(super) const COMMIT_INTERVAL: Keys = Keys {
 pub(super) const CONTROL: Keys = Keys {
     header: "[control]",
     keys: &[known("socket", "socket = \"/run/fieldpost/control.sock\"", &["path"])],
+};
+
+/// `[commands]`
+pub(super) const COMMANDS: Keys = Keys {
+    header: "[commands]",
+    keys: &[
+        key("topic", "topic = \"fieldpost/{gateway}/command\""),
+        known("ttl", "ttl = \"30s\"", &["expires_after", "expiry"]),
+        key("max_ttl", "max_ttl = \"10min\""),
+        known("max_per_second", "max_per_second = 10", &["rate", "rate_limit"]),
+        key("burst", "burst = 50"),
+        known(
+            "response_topics",
+            "response_topics = [\"plant/answers/\"]",
+            &["response_topic", "answer_topic"],
+        ),
+    ],
 };
 
 const EVERY: Key = known("every", "every = \"1s\"", &["interval", "poll", "poll_interval", "period", "rate"]);
@@ -222,8 +240,19 @@ pub(super) const WRITABLE: Keys = Keys {
 };
 
 /// Every table that a file can hold.
-pub(super) const TABLES: [&Keys; 10] =
-    [&ROOT, &GATEWAY, &BROKER, &STORE, &COMMIT_INTERVAL, &CONTROL, &LINE, &UNIT, &POINT, &WRITABLE];
+pub(super) const TABLES: [&Keys; 11] = [
+    &ROOT,
+    &GATEWAY,
+    &BROKER,
+    &STORE,
+    &COMMIT_INTERVAL,
+    &CONTROL,
+    &COMMANDS,
+    &LINE,
+    &UNIT,
+    &POINT,
+    &WRITABLE,
+];
 
 /// A value and where it stands.
 #[derive(Debug, Clone, PartialEq)]

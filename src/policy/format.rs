@@ -59,11 +59,7 @@ pub fn oldest(stamps: impl Iterator<Item = Stamp>) -> Stamp {
 fn value(entry: &Entry<'_>, message_at: Stamp) -> Object {
     let mut object = Object::new();
     object = match entry.value {
-        Ok(Value::Bool(bit)) => object.number("value", bit),
-        Ok(Value::Integer(integer)) => object.number("value", integer),
-        // `serde_json` writes the shortest decimal that reads back the same, and `null` for what JSON has no
-        // number for.
-        Ok(Value::Float(float)) => object.number("value", serde_json::Value::from(*float)),
+        Ok(value) => object.number("value", number(value)),
         Err(_) => object.number("value", "null"),
     };
     if let Some(unit) = entry.unit {
@@ -82,6 +78,15 @@ fn value(entry: &Entry<'_>, message_at: Stamp) -> Object {
         object = object.text("clock", clock(entry.at));
     }
     object
+}
+
+/// `serde_json` writes the shortest decimal that reads back the same, and `null` for what JSON has no number for.
+fn number(value: &Value) -> serde_json::Value {
+    match value {
+        Value::Bool(bit) => (*bit).into(),
+        Value::Integer(integer) => (*integer).into(),
+        Value::Float(float) => (*float).into(),
+    }
 }
 
 /// A run of messages that will not come, because a limit removed them (P5).
@@ -120,6 +125,74 @@ pub fn damage(gateway: &str, salvaged: u64, lost: u64, what: &str, at: Stamp) ->
         .number("lost", lost)
         .text("reason", what)
         .time(at)
+        .into_open()
+}
+
+/// What became of a command: one stable word each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CommandResult {
+    /// Carried out, and read back.
+    Done,
+    /// Not carried out, because it may not be or cannot be understood.
+    Refused,
+    /// Not carried out, because its time was over.
+    Expired,
+    /// Certainly not carried out as asked.
+    Failed,
+    /// It may or may not have been carried out.
+    Unknown,
+}
+
+impl CommandResult {
+    /// The word in payloads.
+    pub fn name(self) -> &'static str {
+        match self {
+            CommandResult::Done => "done",
+            CommandResult::Refused => "refused",
+            CommandResult::Expired => "expired",
+            CommandResult::Failed => "failed",
+            CommandResult::Unknown => "unknown",
+        }
+    }
+}
+
+/// The answer to one command (P8). Exactly one for each id.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Answer<'a> {
+    /// The command's id, where one could be read.
+    pub id: Option<&'a str>,
+    /// `line/unit/point`, where the command names a point that may be written.
+    pub point: Option<&'a str>,
+    /// What became of it.
+    pub result: CommandResult,
+    /// Why, in words.
+    pub reason: Option<&'a str>,
+    /// What was read back from the device after the write.
+    pub read_back: Option<&'a Value>,
+    /// What else the asker should know, in words.
+    pub note: Option<&'a str>,
+    /// When the command was received.
+    pub received: Stamp,
+    /// When this was known.
+    pub at: Stamp,
+}
+
+/// The answer to a command. The payload is left open for the store to add `epoch` and `seq`.
+pub fn answer(gateway: &str, answer: &Answer<'_>) -> Payload {
+    let object = Object::versioned()
+        .text("gateway", gateway)
+        .optional_text("id", answer.id)
+        .optional_text("point", answer.point)
+        .text("result", answer.result.name())
+        .optional_text("reason", answer.reason);
+    let object = match answer.read_back {
+        Some(value) => object.number("read_back", number(value)),
+        None => object,
+    };
+    object
+        .optional_text("note", answer.note)
+        .text("received_at", &rfc3339(answer.received.wall_ms))
+        .time(answer.at)
         .into_open()
 }
 
@@ -356,6 +429,11 @@ pub fn rfc3339(wall_ms: i64) -> String {
     format!("{:.3}", Timestamp::from_millisecond(wall_ms).unwrap_or(edge))
 }
 
+/// Unix time in milliseconds of an RFC 3339 text with its offset.
+pub fn read_rfc3339(text: &str) -> Option<i64> {
+    text.parse::<Timestamp>().ok().map(Timestamp::as_millisecond)
+}
+
 /// A JSON object in the making, members in the order they are added.
 struct Object(String);
 
@@ -504,6 +582,46 @@ mod tests {
             concat!(
                 r#"{"v":1,"gateway":"press-shop-1","lane":"normal","first_seq":1,"last_seq":9,"count":9,"#,
                 r#""reason":"quota","epoch":3,"seq":42}"#
+            )
+        );
+    }
+
+    #[test]
+    fn golden_answers() {
+        let received = Stamp { wall_ms: AT.wall_ms - 23, mono_ms: 4_977 };
+        let done = Answer {
+            id: Some("c-17"),
+            point: Some("line1/pump/setpoint"),
+            result: CommandResult::Done,
+            reason: None,
+            read_back: Some(&Value::Float(21.5)),
+            note: None,
+            received,
+            at: AT,
+        };
+        assert_eq!(
+            finished(answer("press-shop-1", &done)),
+            concat!(
+                r#"{"v":1,"gateway":"press-shop-1","id":"c-17","point":"line1/pump/setpoint","result":"done","#,
+                r#""read_back":21.5,"received_at":"2026-11-21T10:00:00.100Z","at":"2026-11-21T10:00:00.123Z","#,
+                r#""clock":"ok","epoch":3,"seq":42}"#
+            )
+        );
+        let refused = Answer {
+            id: None,
+            point: None,
+            result: CommandResult::Refused,
+            reason: Some("retained"),
+            read_back: None,
+            note: Some("elsewhere"),
+            ..done
+        };
+        assert_eq!(
+            finished(answer("press-shop-1", &refused)),
+            concat!(
+                r#"{"v":1,"gateway":"press-shop-1","result":"refused","reason":"retained","note":"elsewhere","#,
+                r#""received_at":"2026-11-21T10:00:00.100Z","at":"2026-11-21T10:00:00.123Z","clock":"ok","#,
+                r#""epoch":3,"seq":42}"#
             )
         );
     }

@@ -18,6 +18,7 @@ use super::{
     StoreError, with_suffix,
 };
 use crate::clock::Stamp;
+use crate::command::{CommandStep, Recorded, Stepped};
 use crate::message::{Lane, Qos, Seq};
 use crate::turn::{Begin, Change, OnSessionLoss};
 
@@ -33,6 +34,8 @@ const PAGE_BYTES: u64 = 1024;
 const CHECKPOINT_PAGES: u64 = 1000;
 /// What a full queue must still be able to record above the quota: acknowledgements, commands, answers, gaps.
 const HEADROOM_BYTES: u64 = 16 << 20;
+/// How far answers may go over the quota: a quarter of the headroom.
+const ANSWERS_OVER_QUOTA_BYTES: u64 = HEADROOM_BYTES / 4;
 /// A database up to this size is checked whole at a start after an unclean stop; a larger one is ready at
 /// once, and damage in it is found when it is read.
 const CHECK_AT_START_BYTES: u64 = 8 << 20;
@@ -207,9 +210,11 @@ impl Database {
         if !self.db.is_autocommit() {
             self.db.execute_batch("ROLLBACK")?;
         }
+        let newest = self.inbox.newest();
         (self.outbox, self.session, self.inbox) = load(&self.db)?;
         (self.boot.epoch, self.boot.boot) =
             self.db.query_row("SELECT epoch, boot FROM meta", [], |row| Ok((row.get(0)?, row.get(1)?)))?;
+        self.inbox.go_on_above(newest);
         Ok(())
     }
 
@@ -243,6 +248,26 @@ impl Database {
         Outbox::read_through(&self.db, from)
     }
 
+    /// The number of the newest recorded command.
+    pub(super) fn newest_command(&self) -> u64 {
+        self.inbox.newest()
+    }
+
+    /// Commands are numbered above this from now on: the agent has seen it.
+    pub(super) fn number_commands_above(&mut self, newest: u64) {
+        self.inbox.go_on_above(newest);
+    }
+
+    /// See [`super::Store::recorded`].
+    pub(super) fn recorded(&self, after: u64, count: usize, now: Stamp) -> Sql<Vec<Recorded>> {
+        Inbox::take(&self.db, after, count, &self.boot, now)
+    }
+
+    /// See [`super::Store::interrupted`].
+    pub(super) fn interrupted(&self, now: Stamp) -> Sql<Vec<Recorded>> {
+        Inbox::interrupted(&self.db, &self.boot, now)
+    }
+
     /// Everything one transaction does.
     pub(super) fn apply(&mut self, batch: Batch, now: Stamp) -> Sql<Committed> {
         let mut committed = Committed::default();
@@ -262,6 +287,10 @@ impl Database {
                 }
             }
         }
+        for step in batch.steps {
+            let stepped = self.step(step, now)?;
+            committed.steps.push(stepped);
+        }
         for append in batch.appends {
             let accepted = self.accept(append, now)?;
             committed.appends.push(accepted);
@@ -272,6 +301,11 @@ impl Database {
         }
         self.outbox.write_changes(&self.db)?;
         Ok(committed)
+    }
+
+    fn step(&mut self, step: CommandStep, now: Stamp) -> Sql<Stepped> {
+        let room = self.settings.quota + ANSWERS_OVER_QUOTA_BYTES;
+        self.inbox.step(&self.db, &mut self.outbox, step, room, (&self.boot, now))
     }
 
     fn accept(&mut self, append: Append, now: Stamp) -> Sql<Result<(), NotAccepted>> {

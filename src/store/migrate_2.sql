@@ -2,3 +2,5 @@
 
 ALTER TABLE dead_letter ADD COLUMN expires_s INTEGER;
 ALTER TABLE dead_letter ADD COLUMN correlation BLOB;
+
+CREATE INDEX command_state ON command (state);

@@ -74,9 +74,10 @@ CREATE TABLE command (
     received_ms     INTEGER NOT NULL,
     received_mono   INTEGER NOT NULL,
     kernel_boot     INTEGER NOT NULL,
-    state           INTEGER NOT NULL            -- 0 recorded, 1 executing, 2 answered
+    state           INTEGER NOT NULL            -- 0 recorded, 1 begun, 2 answered unbegun, 3 answered
 );
 CREATE UNIQUE INDEX command_id ON command (id) WHERE id IS NOT NULL;
+CREATE INDEX command_state ON command (state);  -- what waits, and the oldest id to forget
 
 -- Messages the broker will never take.
 CREATE TABLE dead_letter (

@@ -9,12 +9,13 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
 use super::browse::{Ask, Found};
 use super::{Append, Batch, Committed, Gap, Look, Settled, Store, StoreError};
 use crate::clock;
+use crate::command::{CommandStep, Recorded, Stepped};
 use crate::message::{Lane, Message, PacketId, Seq};
 use crate::stats::Stats;
 use crate::turn::{Begin, Change, Offer, OnSessionLoss, Taken};
@@ -118,7 +119,35 @@ impl HandedIn {
     }
 }
 
+/// A step of a command that is on its way into the store.
+#[derive(Debug)]
+pub struct Stepping {
+    answer: oneshot::Receiver<Result<Stepped, Arc<StoreError>>>,
+}
+
+impl Stepping {
+    /// Resolves once the step is durable.
+    ///
+    /// # Errors
+    /// The store's, and then nothing is known of the step, which can be handed in again; `None` when it has stopped.
+    pub async fn settled(self) -> Result<Stepped, Option<Arc<StoreError>>> {
+        self.answer.await.map_err(|_| None)?.map_err(Some)
+    }
+}
+
+type StepReply = oneshot::Sender<Result<Stepped, Arc<StoreError>>>;
+
 enum Request {
+    Step {
+        step: CommandStep,
+        reply: StepReply,
+    },
+    Recorded {
+        after: u64,
+        count: usize,
+        reply: oneshot::Sender<Result<Vec<Recorded>, Arc<StoreError>>>,
+    },
+    Interrupted(oneshot::Sender<Result<Vec<Recorded>, Arc<StoreError>>>),
     Append {
         append: Append,
         reply: oneshot::Sender<Result<Accepted, NotAccepted>>,
@@ -147,6 +176,7 @@ pub struct Handle {
     requests: mpsc::Sender<Request>,
     /// Apart from the rest, so that the session never waits behind a crowd of producers.
     turns: mpsc::Sender<Turn>,
+    newest_command: watch::Receiver<u64>,
 }
 
 impl std::fmt::Debug for Request {
@@ -184,6 +214,38 @@ impl Handle {
         closes: Vec<Gap>,
     ) -> Result<Accepted, NotAccepted> {
         self.send(Append { messages, closes }).await?.settled().await
+    }
+
+    /// The number of the newest recorded command, whenever it changes.
+    pub fn newest_command(&self) -> watch::Receiver<u64> {
+        self.newest_command.clone()
+    }
+
+    /// See [`Store::recorded`].
+    ///
+    /// # Errors
+    /// The store's; `None` when it has stopped.
+    pub async fn recorded(&self, after: u64, count: usize) -> Result<Vec<Recorded>, Option<Arc<StoreError>>> {
+        let (reply, answer) = oneshot::channel();
+        self.requests.send(Request::Recorded { after, count, reply }).await.map_err(|_| None)?;
+        answer.await.map_err(|_| None)?.map_err(Some)
+    }
+
+    /// See [`Store::interrupted`].
+    ///
+    /// # Errors
+    /// As [`Handle::recorded`].
+    pub async fn interrupted(&self) -> Result<Vec<Recorded>, Option<Arc<StoreError>>> {
+        let (reply, answer) = oneshot::channel();
+        self.requests.send(Request::Interrupted(reply)).await.map_err(|_| None)?;
+        answer.await.map_err(|_| None)?.map_err(Some)
+    }
+
+    /// Hands a command's step in; when this resolves it has its place in the order. `None`: the store has stopped.
+    pub async fn step(&self, step: CommandStep) -> Option<Stepping> {
+        let (reply, answer) = oneshot::channel();
+        self.requests.send(Request::Step { step, reply }).await.ok()?;
+        Some(Stepping { answer })
     }
 
     async fn send(&self, append: Append) -> Result<HandedIn, NotAccepted> {
@@ -263,12 +325,15 @@ pub fn spawn(store: Store, stats: Arc<Stats>) -> io::Result<(Handle, JoinHandle<
     let (turns, session) = mpsc::channel(TURNS_MAX);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
     let commit_interval = store.settings.commit_interval;
+    let (newest_to, newest_command) = watch::channel(store.newest_command());
     let worker = Worker {
         store,
         stats,
         commit_interval,
         waiting: Vec::new(),
         waiting_messages: 0,
+        steps: Vec::new(),
+        newest_command: newest_to,
         due: None,
         changes: None,
         offer: None,
@@ -279,7 +344,7 @@ pub fn spawn(store: Store, stats: Arc<Stats>) -> io::Result<(Handle, JoinHandle<
     let thread = std::thread::Builder::new()
         .name("store".into())
         .spawn(move || runtime.block_on(worker.run(inbox, session)))?;
-    Ok((Handle { requests, turns }, thread))
+    Ok((Handle { requests, turns, newest_command }, thread))
 }
 
 struct Worker {
@@ -288,6 +353,9 @@ struct Worker {
     commit_interval: [Duration; 3],
     waiting: Vec<(Append, oneshot::Sender<Result<Accepted, NotAccepted>>)>,
     waiting_messages: usize,
+    /// They commit at once: a device waits.
+    steps: Vec<(CommandStep, StepReply)>,
+    newest_command: watch::Sender<u64>,
     /// When the waiting appends commit at the latest.
     due: Option<Instant>,
     changes: Option<(u64, Vec<Change>)>,
@@ -365,6 +433,13 @@ impl Worker {
                 self.due = Some(self.due.map_or(due, |at| at.min(due)));
                 self.waiting_messages += append.messages.len();
                 self.waiting.push((append, reply));
+            }
+            Request::Step { step, reply } => self.steps.push((step, reply)),
+            Request::Recorded { after, count, reply } => {
+                let _gone = reply.send(self.store.recorded(after, count, clock::now()).map_err(Arc::new));
+            }
+            Request::Interrupted(reply) => {
+                let _gone = reply.send(self.store.interrupted(clock::now()).map_err(Arc::new));
             }
             Request::Begin { owner, policy, unacked, turned, reply } => {
                 // What the last connection left is committed first.
@@ -445,6 +520,7 @@ impl Worker {
         let released = self.offer.is_some()
             && self.store.waiting(clock::now()).1.is_some_and(|at| at <= clock::now().mono_ms);
         self.changes.is_some()
+            || !self.steps.is_empty()
             || due
             || work_for_offer
             || released
@@ -461,20 +537,33 @@ impl Worker {
         let (appends, replies): (Vec<_>, Vec<_>) = std::mem::take(&mut self.waiting).into_iter().unzip();
         let counts: Vec<usize> = appends.iter().map(|append| append.messages.len()).collect();
         let changes = self.changes.take();
-        if appends.is_empty() && changes.is_none() && self.offer.is_none() {
+        let (steps, asked): (Vec<_>, Vec<_>) = std::mem::take(&mut self.steps).into_iter().unzip();
+        if appends.is_empty() && changes.is_none() && steps.is_empty() && self.offer.is_none() {
             return;
         }
         let batch = Batch {
             appends,
             changes: changes.as_ref().map(|(_, changes)| changes.clone()).unwrap_or_default(),
+            steps,
             offer: self.offer.as_ref().map(|(_, offer)| offer.clone()),
         };
         match self.store.commit(batch, clock::now()) {
-            Ok(committed) => {
+            Ok(mut committed) => {
+                for (reply, stepped) in asked.into_iter().zip(std::mem::take(&mut committed.steps)) {
+                    let _gone = reply.send(Ok(stepped));
+                }
                 self.tell(committed, changes.map(|(connection, _)| connection), replies, &counts)
             }
-            Err(error) => self.tell_failure(Arc::new(error), replies),
+            Err(error) => {
+                let error = Arc::new(error);
+                for reply in asked {
+                    let _gone = reply.send(Err(Arc::clone(&error)));
+                }
+                self.tell_failure(error, replies);
+            }
         }
+        let newest = self.store.newest_command();
+        self.newest_command.send_if_modified(|known| std::mem::replace(known, newest) != newest);
     }
 
     fn tell(

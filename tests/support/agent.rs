@@ -24,8 +24,9 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const AHEAD: usize = 200;
 /// Name of the test that is the agent when this variable names a configuration file; see [`be_the_agent`].
 const CONFIG_VARIABLE: &str = "FIELDPOST_TEST_AGENT_CONFIG";
-/// Faults of that agent: `order` and a number of milliseconds.
+/// Faults of that agent: two orders that are broken, and a number of milliseconds.
 const BREAK_PUBREL_ORDER_VARIABLE: &str = "FIELDPOST_TEST_AGENT_BREAKS_PUBREL_ORDER";
+const BREAK_COMMAND_ORDER_VARIABLE: &str = "FIELDPOST_TEST_AGENT_BREAKS_COMMAND_ORDER";
 const COMMIT_STALL_VARIABLE: &str = "FIELDPOST_TEST_AGENT_COMMIT_STALL_MS";
 
 /// The binary under test; only integration tests are told where it is.
@@ -166,6 +167,9 @@ impl Agent {
         command.env(COMMIT_STALL_VARIABLE, faults.store.commit_stall.as_millis().to_string());
         if faults.break_pubrel_order {
             command.env(BREAK_PUBREL_ORDER_VARIABLE, "1");
+        }
+        if faults.break_command_order {
+            command.env(BREAK_COMMAND_ORDER_VARIABLE, "1");
         }
         command
     }
@@ -357,8 +361,12 @@ pub fn be_the_agent() {
     let stall_ms = std::env::var(COMMIT_STALL_VARIABLE).ok().and_then(|ms| ms.parse().ok()).unwrap_or(0);
     let store =
         fieldpost::store::Faults { commit_stall: Duration::from_millis(stall_ms), ..Default::default() };
-    let faults =
-        Faults { store, break_pubrel_order: std::env::var_os(BREAK_PUBREL_ORDER_VARIABLE).is_some() };
+    let is_set = |variable| std::env::var_os(variable).is_some();
+    let faults = Faults {
+        store,
+        break_pubrel_order: is_set(BREAK_PUBREL_ORDER_VARIABLE),
+        break_command_order: is_set(BREAK_COMMAND_ORDER_VARIABLE),
+    };
     let _installed = tracing_subscriber::fmt().with_ansi(false).with_writer(std::io::stderr).try_init();
     let config = fieldpost::config::load(Path::new(&file)).expect("the test wrote a good configuration");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();

@@ -1,0 +1,188 @@
+//! The way down: recorded commands to the lines, and their answers to the outbox.
+//!
+//! What follows from what is decided by the [`Desk`]; here it is waited for and carried out.
+//! Invariant (P8): a write is handed to its line after the store has said that its beginning is on the disk.
+
+pub mod desk;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
+use tokio::sync::{mpsc, watch};
+use tokio::time::sleep;
+use tracing::{info, warn};
+
+use crate::clock;
+use crate::command::{CommandStep, Recorded, Stepped, Ticket, Write, Written};
+use crate::policy::command::{self, Judge};
+use crate::stats::Stats;
+use crate::store;
+use desk::{Desk, Effect, Limits};
+
+/// Pause before a question to a database that failed is put again.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
+
+/// What the task is made with.
+#[derive(Debug)]
+pub struct Settings {
+    /// The gateway's id.
+    pub gateway: String,
+    /// What commands are judged by.
+    pub judge: command::Settings,
+    /// How they are limited.
+    pub limits: Limits,
+    /// The lines, in the order of the configuration.
+    pub lines: Vec<LineEnd>,
+    /// Negative control of tests: a write leaves before the commit that begins it.
+    pub break_order: bool,
+}
+
+/// Our end of a line.
+#[derive(Debug)]
+pub struct LineEnd {
+    /// Takes writes.
+    pub writes: mpsc::Sender<Write>,
+    /// How long a write that has begun may take before its end counts as unknown.
+    pub patience: Duration,
+}
+
+enum Event {
+    Recorded(Result<Vec<Recorded>, ()>),
+    Stepped(CommandStep, Option<Stepped>),
+    NotHandedOver(Ticket),
+    Written(Written),
+    Tick,
+    Stop,
+}
+
+type Question = BoxFuture<'static, Event>;
+
+/// Carries out commands until `stop` says so, then waits for the writes that are under way. The caller sets the
+/// deadline of that; what is not over by then is answered as unknown at the next start.
+pub async fn run(
+    settings: Settings,
+    store: store::Handle,
+    mut written: mpsc::Receiver<Written>,
+    stats: Arc<Stats>,
+    mut stop: watch::Receiver<bool>,
+) {
+    let patience_ms: Vec<u64> = settings
+        .lines
+        .iter()
+        .map(|line| u64::try_from(line.patience.as_millis()).unwrap_or(u64::MAX))
+        .collect();
+    let judge = Judge::new(settings.judge);
+    let now_ms = clock::now().mono_ms;
+    let mut desk = Desk::new(&settings.gateway, judge, settings.limits, &patience_ms, stats, now_ms);
+    if settings.break_order {
+        desk.break_order();
+    }
+    let lines: Vec<_> = settings.lines.into_iter().map(|line| line.writes).collect();
+    let mut newest = store.newest_command();
+    let mut questions: FuturesUnordered<Question> = FuturesUnordered::new();
+    let Some(()) = interrupted(&store, &mut desk, &mut stop).await else { return };
+    let (mut taking, mut stopping) = (false, false);
+    loop {
+        for effect in desk.take_effects() {
+            questions.extend(carry_out(effect, &store, &lines).await);
+        }
+        if stopping && desk.is_idle() {
+            return;
+        }
+        let known = *newest.borrow_and_update();
+        if let Some((after, count)) = desk.wants(known, clock::now().mono_ms).filter(|_| !taking && !stopping)
+        {
+            taking = true;
+            questions.push(take(store.clone(), after, count));
+        }
+        let wake_ms = desk.next_ms(known);
+        let tick = async {
+            match wake_ms {
+                Some(at_ms) => {
+                    sleep(Duration::from_millis(at_ms.saturating_sub(clock::now().mono_ms).max(1))).await;
+                }
+                None => std::future::pending().await,
+            }
+        };
+        let event = tokio::select! {
+            Some(event) = questions.next() => event,
+            Some(written) = written.recv() => Event::Written(written),
+            Ok(()) = newest.changed() => Event::Tick,
+            () = tick => Event::Tick,
+            _ = stop.wait_for(|stop| *stop), if !stopping => Event::Stop,
+        };
+        let now = clock::now();
+        match event {
+            Event::Recorded(recorded) => {
+                taking = false;
+                desk.on_recorded(recorded.unwrap_or_default(), now);
+            }
+            Event::Stepped(step, stepped) => desk.on_stepped(step, stepped, now),
+            Event::NotHandedOver(ticket) => desk.on_not_handed_over(ticket, now),
+            Event::Written(written) => desk.on_written(written, now),
+            Event::Tick => desk.tick(now),
+            Event::Stop => {
+                stopping = true;
+                desk.stop();
+            }
+        }
+    }
+}
+
+/// What had begun when the agent ended. `None`: stopped before the store could tell.
+async fn interrupted(store: &store::Handle, desk: &mut Desk, stop: &mut watch::Receiver<bool>) -> Option<()> {
+    loop {
+        match store.interrupted().await {
+            Ok(begun) => {
+                if !begun.is_empty() {
+                    info!(
+                        commands = begun.len(),
+                        "commands were under way when the agent ended: answered as unknown"
+                    );
+                }
+                desk.on_interrupted(begun, clock::now());
+                return Some(());
+            }
+            Err(Some(error)) => warn!(%error, "commands wait for the database"),
+            Err(None) => return None,
+        }
+        tokio::select! {
+            () = sleep(ASK_AGAIN) => {}
+            _ = stop.wait_for(|stop| *stop) => return None,
+        }
+    }
+}
+
+async fn carry_out(effect: Effect, store: &store::Handle, lines: &[mpsc::Sender<Write>]) -> Option<Question> {
+    match effect {
+        Effect::Step(step) => {
+            // In the order of the effects; only their commits are awaited together.
+            let stepping = store.step(step.clone()).await;
+            Some(Box::pin(async move {
+                let stepped = match stepping {
+                    Some(stepping) => stepping.settled().await.ok(),
+                    None => None,
+                };
+                Event::Stepped(step, stepped)
+            }))
+        }
+        Effect::Write { line, write } => {
+            let ticket = write.ticket;
+            let handed = lines.get(line).is_some_and(|line| line.try_send(write).is_ok());
+            (!handed).then(|| -> Question { Box::pin(std::future::ready(Event::NotHandedOver(ticket))) })
+        }
+    }
+}
+
+fn take(store: store::Handle, after: u64, count: usize) -> Question {
+    Box::pin(async move {
+        let recorded = store.recorded(after, count).await;
+        if recorded.is_err() {
+            sleep(ASK_AGAIN).await;
+        }
+        Event::Recorded(recorded.map_err(drop))
+    })
+}
