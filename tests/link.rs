@@ -14,7 +14,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use fieldpost::message::{PacketId, Qos, Topic};
 use fieldpost::uplink::link::{Link, LinkError, WRITE_STALL, encoded_len};
-use fieldpost::uplink::packet::{Connect, Packet, Protocol, Publish, ReasonCode, Will};
+use fieldpost::uplink::packet::{Connect, Packet, Protocol, Publish, ReasonCode, Subscription, Will};
 use futures_util::FutureExt;
 use proptest::prelude::*;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, ReadBuf, duplex};
@@ -522,9 +522,15 @@ fn outgoing() -> Vec<(Packet, Option<&'static str>, Option<&'static str>)> {
         ),
         (Packet::PubComp(id(5), ReasonCode::QUOTA_EXCEEDED), Some("70 02 00 05"), None),
         (
-            Packet::Subscribe(id(1), vec![("a/#".into(), Qos::ExactlyOnce), ("b".into(), Qos::AtMostOnce)]),
+            Packet::Subscribe(
+                id(1),
+                vec![
+                    subscription("a/#".into(), Qos::ExactlyOnce),
+                    Subscription { retained: false, ..subscription("b".into(), Qos::AtMostOnce) },
+                ],
+            ),
             Some("82 0C 00 01 00 03 'a/#' 02 00 01 'b' 00"),
-            Some("82 0D 00 01 00 00 03 'a/#' 02 00 01 'b' 00"),
+            Some("82 0D 00 01 00 00 03 'a/#' 02 00 01 'b' 20"),
         ),
         (Packet::Subscribe(id(1), Vec::new()), None, None),
         (
@@ -628,7 +634,7 @@ fn a_field_longer_than_mqtt_can_carry_is_refused() {
         Packet::Connect(Box::new(Connect { will: Some(will), ..connect() })),
         Packet::Publish(Box::new(Publish { response_topic: Some(long.clone()), ..publish() })),
         Packet::Publish(Box::new(Publish { correlation_data: data, ..publish() })),
-        Packet::Subscribe(id(1), vec![(long.clone(), Qos::AtMostOnce)]),
+        Packet::Subscribe(id(1), vec![subscription(long.clone(), Qos::AtMostOnce)]),
         Packet::Unsubscribe(id(1), vec![long.clone()]),
     ] {
         for protocol in [V4, V5] {
@@ -848,4 +854,8 @@ fn a_link_is_unpinned_and_can_be_sent_to_another_thread() {
     fn sendable<T: Send + Unpin>() {}
     sendable::<Link<DuplexStream>>();
     sendable::<Link<fieldpost::uplink::link::Stream>>();
+}
+
+fn subscription(filter: String, qos: Qos) -> Subscription {
+    Subscription { filter, qos, retained: true }
 }

@@ -13,7 +13,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use fieldpost::message::{PacketId, Qos, Topic};
 use fieldpost::uplink::link::{ConnectError, Endpoint, Link, LinkError, Stage, Stream, open};
-use fieldpost::uplink::packet::{Connect, Limits, Packet, Protocol, Publish, ReasonCode};
+use fieldpost::uplink::packet::{Connect, Limits, Packet, Protocol, Publish, ReasonCode, Subscription};
 use fieldpost::uplink::tls::{Client, Settings, SetupError};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair, date_time_ymd};
 use rustls::pki_types::pem::PemObject;
@@ -514,7 +514,11 @@ async fn a_real_mosquitto_with_tls_takes_a_message_in_both_versions() {
         assert!(matches!(next(&mut link).await, Ok(Packet::PubAck(acked, code))
             if acked == id && code == expected));
 
-        link.queue(&Packet::Subscribe(id, vec![("a/#".into(), Qos::ExactlyOnce)])).unwrap();
+        link.queue(&Packet::Subscribe(
+            id,
+            vec![Subscription { filter: "a/#".into(), qos: Qos::ExactlyOnce, retained: true }],
+        ))
+        .unwrap();
         assert!(matches!(next(&mut link).await, Ok(Packet::SubAck(_, codes)) if codes == [ReasonCode(2)]));
         let Ok(Packet::Publish(echo)) = next(&mut link).await else { panic!("no retained message") };
         assert_eq!((&echo.topic, &echo.payload, echo.retain), (&publish.topic, &publish.payload, true));

@@ -8,7 +8,7 @@
 
 use bytes::Bytes;
 
-use super::packet::{ConnAck, Connect, Limits, Packet, Protocol, Publish, ReasonCode, Will};
+use super::packet::{ConnAck, Connect, Limits, Packet, Protocol, Publish, ReasonCode, Subscription, Will};
 use crate::message::{PacketId, Qos, Topic};
 
 /// How long the broker keeps a session that an interrupted examination leaves behind, in seconds (5.0).
@@ -502,8 +502,9 @@ impl Examination {
         self.id = Some(id);
         self.acked = false;
         self.echoed = false;
-        let filter = (self.settings.topic.as_str().to_owned(), Qos::ExactlyOnce);
-        self.out.push(Packet::Subscribe(id, vec![filter]));
+        let filter = self.settings.topic.as_str().to_owned();
+        let subscription = Subscription { filter, qos: Qos::ExactlyOnce, retained: true };
+        self.out.push(Packet::Subscribe(id, vec![subscription]));
         self.wait(now_ms, self.settings.step_ms);
     }
 

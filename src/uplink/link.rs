@@ -375,7 +375,7 @@ fn check_fields(packet: &Packet) -> Result<(), LinkError> {
             Err(unsendable(packet, "it has no Topic Filter (MQTT-3.10.3-2)"))
         }
         Packet::Subscribe(_, filters) => {
-            filters.iter().try_for_each(|(filter, _)| check("a Topic Filter", filter.len()))
+            filters.iter().try_for_each(|subscription| check("a Topic Filter", subscription.filter.len()))
         }
         Packet::Unsubscribe(_, filters) => {
             filters.iter().try_for_each(|filter| check("a Topic Filter", filter.len()))

@@ -190,6 +190,17 @@ pub struct Publish {
     pub correlation_data: Option<Bytes>,
 }
 
+/// One subscription of a SUBSCRIBE.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Subscription {
+    /// The Topic Filter.
+    pub filter: String,
+    /// The quality of service asked for.
+    pub qos: Qos,
+    /// Whether retained messages are asked for (5.0: Retain Handling 0 or 2; 3.1.1 always sends them).
+    pub retained: bool,
+}
+
 impl std::fmt::Debug for Connect {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Connect")
@@ -218,8 +229,8 @@ pub enum Packet {
     PubRel(PacketId, ReasonCode),
     /// Both ways.
     PubComp(PacketId, ReasonCode),
-    /// Ours only: topic filters and the QoS asked for.
-    Subscribe(PacketId, Vec<(String, Qos)>),
+    /// Ours only.
+    Subscribe(PacketId, Vec<Subscription>),
     /// The broker's only: one reason code for each filter; below 0x80 it is the granted QoS.
     SubAck(PacketId, Vec<ReasonCode>),
     /// Ours only: topic filters.

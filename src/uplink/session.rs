@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 
 use bytes::Bytes;
 
-use super::packet::{ConnAck, Limits, Packet, Protocol, Publish, ReasonCode};
+use super::packet::{ConnAck, Limits, Packet, Protocol, Publish, ReasonCode, Subscription};
 use crate::message::{Lane, Message, PacketId, Qos, Record, Seq, Topic};
 use crate::turn::{
     Begin, Change, Hold, Inbound, Offer, OnSessionLoss, Resume, RowState, Taken, publish_bytes, record_bytes,
@@ -278,7 +278,7 @@ enum Todo {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Own {
-    Subscribe(Vec<(String, Qos)>),
+    Subscribe(Vec<Subscription>),
     Presence,
     Canary,
 }
@@ -1182,12 +1182,20 @@ impl Session {
     }
 
     fn subscribe(&mut self, now_ms: u64) {
+        let own =
+            |topic: &Topic| Subscription { filter: topic.to_string(), qos: Qos::AtLeastOnce, retained: true };
         let mut filters = vec![
             // A broker may drop what it sends at QoS 0, and silence would be taken for a new session.
-            (self.settings.canary.to_string(), Qos::AtLeastOnce),
-            (self.settings.presence.to_string(), Qos::AtLeastOnce),
+            own(&self.settings.canary),
+            own(&self.settings.presence),
         ];
-        filters.extend(self.settings.commands.iter().cloned());
+        // A command is meant for now, not for whoever subscribes one day.
+        let command = |(filter, qos): &(String, Qos)| Subscription {
+            filter: filter.clone(),
+            qos: *qos,
+            retained: false,
+        };
+        filters.extend(self.settings.commands.iter().map(command));
         self.phase = Phase::Subscribing;
         self.last_progress_ms = now_ms;
         if let Some(id) = self.own_id(Own::Subscribe(filters.clone())) {
@@ -1206,7 +1214,7 @@ impl Session {
         }
         self.own.remove(&id);
         self.last_progress_ms = now_ms;
-        for ((filter, asked), reason) in filters.into_iter().zip(reasons) {
+        for (Subscription { filter, qos: asked, .. }, reason) in filters.into_iter().zip(reasons) {
             let granted = Qos::from_number(u64::from(reason.0));
             if granted.is_none_or(|granted| granted < asked) {
                 self.events.push(Event::Downgraded { filter, asked, granted });

@@ -126,7 +126,7 @@ impl Desk {
         let (subscribes, others): (Vec<_>, Vec<_>) =
             self.sent().into_iter().partition(|packet| matches!(packet, Packet::Subscribe(..)));
         let [Packet::Subscribe(id, filters)] = &subscribes[..] else { panic!("no SUBSCRIBE: {others:?}") };
-        let granted = filters.iter().map(|(_, qos)| ReasonCode(qos.number())).collect();
+        let granted = filters.iter().map(|s| ReasonCode(s.qos.number())).collect();
         self.get(Packet::SubAck(*id, granted));
         others
     }

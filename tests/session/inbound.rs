@@ -2,7 +2,7 @@
 
 use fieldpost::message::Qos;
 use fieldpost::turn::{Begin, Change, RowState};
-use fieldpost::uplink::packet::{Limits, Packet, Protocol, Publish, ReasonCode};
+use fieldpost::uplink::packet::{Limits, Packet, Protocol, Publish, ReasonCode, Subscription};
 use fieldpost::uplink::session::{Counted, Event};
 
 use crate::desk::{BOTH, Desk, OK, id, inbound, nothing, row, rows, words};
@@ -141,7 +141,8 @@ fn a_subscription_at_less_than_was_asked_for_is_told() {
     desk.commit();
     let sent = desk.sent();
     let [Packet::Subscribe(subscribe, filters)] = &sent[..] else { panic!("{sent:?}") };
-    assert_eq!(filters.last(), Some(&("cmd/#".to_owned(), Q2)), "QoS 2 where it is granted");
+    let wanted = Subscription { filter: "cmd/#".into(), qos: Q2, retained: false };
+    assert_eq!(filters.last(), Some(&wanted), "QoS 2 where it is granted");
     desk.get(Packet::SubAck(*subscribe, vec![ReasonCode(1), ReasonCode(1), ReasonCode(1)]));
     let (filter, asked, granted) = ("cmd/#".to_owned(), Q2, Some(Q1));
     assert!(desk.events().contains(&Event::Downgraded { filter, asked, granted }));

@@ -237,8 +237,8 @@ fn a_canary_whose_right_is_gone_is_not_asked_any_more() {
     desk.commit();
     let sent = desk.sent();
     let [Packet::Subscribe(subscribe, filters)] = &sent[..] else { panic!("{sent:?}") };
-    assert_eq!(filters[0].0, CANARY);
-    let mut granted: Vec<_> = filters.iter().map(|(_, qos)| ReasonCode(qos.number())).collect();
+    assert_eq!(filters[0].filter, CANARY);
+    let mut granted: Vec<_> = filters.iter().map(|s| ReasonCode(s.qos.number())).collect();
     granted[0] = ReasonCode::NOT_AUTHORIZED;
     desk.get(Packet::SubAck(*subscribe, granted));
     assert_eq!(desk.turn(), (vec![Change::Canary { proven: false }], None));

@@ -22,7 +22,7 @@ use fieldpost::message::{Lane, Message, PacketId, Payload, Qos, Seq, Topic};
 use fieldpost::store::{self, Append, Batch, Store, WhenFull};
 use fieldpost::turn::{Begin, Change, Offer, OnSessionLoss, Taken};
 use fieldpost::uplink::link::{Link, LinkError};
-use fieldpost::uplink::packet::{Connect, Packet, Protocol, Publish, ReasonCode};
+use fieldpost::uplink::packet::{Connect, Packet, Protocol, Publish, ReasonCode, Subscription};
 use fieldpost::uplink::session::{Carry, Counted, Event, Session, Settings};
 use futures_util::FutureExt;
 use tempfile::TempDir;
@@ -817,7 +817,11 @@ impl World {
         let mut link = Link::new(pipe.clone(), Protocol::V5, MAX_PACKET);
         link.queue(&Packet::Connect(Box::new(connect(OBSERVER, true)))).unwrap();
         let id = PacketId::new(1).unwrap();
-        link.queue(&Packet::Subscribe(id, vec![("t/#".into(), Qos::AtMostOnce)])).unwrap();
+        link.queue(&Packet::Subscribe(
+            id,
+            vec![Subscription { filter: "t/#".into(), qos: Qos::AtMostOnce, retained: true }],
+        ))
+        .unwrap();
         flush(&mut link);
         let bytes: Vec<u8> = pipe.0.borrow_mut().to_broker.drain(..).collect();
         self.broker.input(self.observer, &bytes, self.now.mono_ms);

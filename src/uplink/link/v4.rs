@@ -125,7 +125,7 @@ fn translate(packet: &Packet) -> Result<v4::Packet, LinkError> {
         Packet::Subscribe(id, filters) => {
             let filters = filters
                 .iter()
-                .map(|(filter, qos)| v4::SubscribeFilter::new(filter.clone(), translate_qos(*qos)))
+                .map(|s| v4::SubscribeFilter::new(s.filter.clone(), translate_qos(s.qos)))
                 .collect();
             v4::Packet::Subscribe(v4::Subscribe { pkid: id.get(), filters })
         }

@@ -12,7 +12,7 @@ use super::wire::{
 };
 use super::{LinkError, unsendable};
 use crate::message::{PacketId, Qos, Topic, TopicError};
-use crate::uplink::packet::{ConnAck, Connect, Limits, Packet, Publish, ReasonCode, Will};
+use crate::uplink::packet::{ConnAck, Connect, Limits, Packet, Publish, ReasonCode, Subscription, Will};
 
 /// Reads one whole frame.
 pub(super) fn decode(frame: Frame) -> Result<Decoded, Malformed> {
@@ -315,10 +315,7 @@ fn translate(packet: &Packet) -> Result<v5::Packet, LinkError> {
         }),
         Packet::Subscribe(id, filters) => v5::Packet::Subscribe(v5::Subscribe {
             pkid: id.get(),
-            filters: filters
-                .iter()
-                .map(|(filter, qos)| v5::Filter::new(filter.clone(), translate_qos(*qos)))
-                .collect(),
+            filters: filters.iter().map(translate_subscription).collect(),
             properties: None,
         }),
         Packet::Unsubscribe(id, filters) => v5::Packet::Unsubscribe(v5::Unsubscribe {
@@ -329,6 +326,14 @@ fn translate(packet: &Packet) -> Result<v5::Packet, LinkError> {
         Packet::PingReq => v5::Packet::PingReq(v5::PingReq),
         _ => return Err(unsendable(packet, "a client may not send this packet")),
     })
+}
+
+fn translate_subscription(subscription: &Subscription) -> v5::Filter {
+    let mut filter = v5::Filter::new(subscription.filter.clone(), translate_qos(subscription.qos));
+    if !subscription.retained {
+        filter.retain_forward_rule = v5::RetainForwardRule::Never;
+    }
+    filter
 }
 
 fn translate_connect(connect: &Connect) -> v5::Packet {
