@@ -18,7 +18,7 @@ use crate::clock::{self, Stamp};
 use crate::control::wire::{self, Answer};
 use crate::control::{Ask, Request};
 use crate::message::{Lane, Message, Qos};
-use crate::policy::format::{self, Health, LaneHealth, LineHealth, LinkHealth, StoreHealth};
+use crate::policy::format::{self, CommandsHealth, Health, LaneHealth, LineHealth, LinkHealth, StoreHealth};
 use crate::queue;
 use crate::source::modbus::LineStatus;
 use crate::stats::Stats;
@@ -284,6 +284,15 @@ impl Reporter {
                 quota_bytes: look.quota,
                 error: look.trouble.as_deref(),
             },
+            commands: CommandsHealth {
+                waiting: look.inbox,
+                done: self.stats.commands_done.get(),
+                refused: self.stats.commands_refused.get(),
+                expired: self.stats.commands_expired.get(),
+                failed: self.stats.commands_failed.get(),
+                unknown: self.stats.commands_unknown.get(),
+                repeated: self.stats.commands_repeated.get(),
+            },
             lines: &lines,
         })
     }
@@ -315,6 +324,7 @@ impl Reporter {
             }),
             dropped: look.as_ref().map_or_else(BTreeMap::new, dropped_by_reason),
             dead_letters: look.as_ref().map_or(0, |look| look.dead_letters),
+            commands_waiting: look.as_ref().map_or(0, |look| look.inbox),
             store: wire::Store {
                 path: self.facts.store_path.clone(),
                 quota_bytes: look.as_ref().map_or(0, |look| look.quota),

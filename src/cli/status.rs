@@ -12,7 +12,7 @@ use crate::control::client;
 use crate::control::wire::{Answer, Link, LinkState, Question, Status, Store, Unit};
 
 /// Counters that say that something is not as it should be; the others are in `--json`.
-const TROUBLES: [&str; 17] = [
+const TROUBLES: [&str; 19] = [
     "readings_overrun",
     "polls_skipped",
     "messages_not_accepted",
@@ -27,6 +27,8 @@ const TROUBLES: [&str; 17] = [
     "downgraded",
     "acks_unexpected",
     "inbound_refused",
+    "commands_over_limit",
+    "command_steps_retried",
     "connect_failures",
     "protocol_errors",
     "sessions_lost",
@@ -109,6 +111,7 @@ fn screen(status: &Status, paint: Paint) -> String {
         let text = format!("{} given up after a refusal by the broker", grouped(status.dead_letters));
         screen.line("Dead letters", &paint.dab(Tone::Bad, &text));
     }
+    commands(&mut screen, status);
     let troubles = TROUBLES.iter().filter_map(|name| Some((*name, *status.counters.get(*name)?)));
     if let Some(troubles) = counted(troubles) {
         screen.line("Since start", &troubles);
@@ -160,6 +163,17 @@ fn queue(screen: &mut Screen, status: &Status) {
             grouped(lane.in_flight),
         );
         screen.line(&format!("  {}", lane.lane), &text);
+    }
+}
+
+/// Nothing where none ever came: most gateways take none.
+fn commands(screen: &mut Screen, status: &Status) {
+    const ENDS: [&str; 6] = ["done", "refused", "expired", "failed", "unknown", "repeated"];
+    let end =
+        |end: &'static str| (end, status.counters.get(&format!("commands_{end}")).copied().unwrap_or(0));
+    let counts = ENDS.into_iter().map(end).chain([("waiting", status.commands_waiting)]);
+    if let Some(text) = counted(counts) {
+        screen.line("Commands", &text);
     }
 }
 
@@ -293,6 +307,7 @@ mod tests {
             ],
             dropped: [("quota".to_owned(), 0)].into(),
             dead_letters: 0,
+            commands_waiting: 0,
             store: Store {
                 path: "/var/lib/fieldpost/outbox.db".into(),
                 quota_bytes: 512 << 20,
@@ -325,9 +340,12 @@ mod tests {
         };
         status.dropped = [("expired".to_owned(), 3), ("quota".to_owned(), 1_200)].into();
         status.dead_letters = 2;
+        status.commands_waiting = 3;
         status.store.accepting = false;
         status.store.error = Some("the disk is full".into());
-        status.counters = [("possibly_lost".to_owned(), 1), ("protocol_errors".to_owned(), 4)].into();
+        let counters =
+            [("possibly_lost", 1), ("protocol_errors", 4), ("commands_done", 7), ("commands_unknown", 1)];
+        status.counters = counters.map(|(name, count)| (name.to_owned(), count)).into();
         status.lines[0].units = vec![
             unit("meter1", true, Some("no answer within 1000 ms"), 3600, 2, Some(1_200)),
             unit("meter2", false, Some("no answer within 1000 ms"), 120, 120, None),
@@ -385,6 +403,7 @@ Store         NOT ACCEPTING: the disk is full, 2.1 MiB of 512.0 MiB (0 %)
               /var/lib/fieldpost/outbox.db, epoch 3
 Dropped       3 expired, 1,200 quota
 Dead letters  2 given up after a refusal by the broker
+Commands      7 done, 1 unknown, 3 waiting
 Since start   1 possibly lost, 4 protocol errors
 
 line1         up

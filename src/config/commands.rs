@@ -31,6 +31,10 @@ pub(super) fn commands(walk: &mut Walk<'_>, section: Section<'_>, gateway: &str,
         return Commands::standard(base.clone(), base.clone());
     };
     let standard = Commands::standard(default_topic, answer_topic);
+    if let Some(topic) = topic.as_ref().filter(|topic| topic.value == standard.answer_topic) {
+        let complaint = Complaint::new("`topic`: answers go there, and would come back as commands");
+        walk.wrong(topic.place, complaint.help("take another topic, or leave it out"));
+    }
     let ttl = walk.get(section, "ttl", |value| super::quantity::duration(value, TTL));
     let max_ttl = walk.duration(section, "max_ttl", TTL, standard.max_ttl);
     if let Some(ttl) = ttl.filter(|ttl| ttl.value > max_ttl) {

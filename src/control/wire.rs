@@ -233,6 +233,8 @@ pub struct Status {
     pub dropped: BTreeMap<String, u64>,
     /// Messages given up and kept as dead letters.
     pub dead_letters: u64,
+    /// Commands recorded and not yet begun or answered; what became of the others is in the counters.
+    pub commands_waiting: u64,
     /// The database.
     pub store: Store,
     /// Every line, in the order of the configuration.

@@ -298,8 +298,29 @@ pub struct Health<'a> {
     pub dead_letters: u64,
     /// The database.
     pub store: StoreHealth<'a>,
+    /// Commands.
+    pub commands: CommandsHealth,
     /// Every line, in the order of the configuration.
     pub lines: &'a [LineHealth<'a>],
+}
+
+/// What became of commands since the agent started, as the health message tells it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct CommandsHealth {
+    /// Recorded, and neither begun nor answered.
+    pub waiting: u64,
+    /// Carried out.
+    pub done: u64,
+    /// Not allowed, not understood, or too many.
+    pub refused: u64,
+    /// Too late.
+    pub expired: u64,
+    /// Certainly not carried out as asked.
+    pub failed: u64,
+    /// Perhaps carried out.
+    pub unknown: u64,
+    /// Known already.
+    pub repeated: u64,
 }
 
 /// The connection to the broker, as the health message tells it.
@@ -375,6 +396,7 @@ pub fn health(speaker: &Speaker, health: &Health<'_>) -> String {
         .object("dropped", dropped)
         .number("dead_letters", health.dead_letters)
         .object("store", store_health(&health.store))
+        .object("commands", commands_health(&health.commands))
         .object("lines", lines)
         .close()
 }
@@ -394,6 +416,17 @@ fn store_health(store: &StoreHealth<'_>) -> Object {
         .number("used_bytes", store.used_bytes)
         .number("quota_bytes", store.quota_bytes)
         .optional_text("reason", store.error)
+}
+
+fn commands_health(commands: &CommandsHealth) -> Object {
+    Object::new()
+        .number("waiting", commands.waiting)
+        .number("done", commands.done)
+        .number("refused", commands.refused)
+        .number("expired", commands.expired)
+        .number("failed", commands.failed)
+        .number("unknown", commands.unknown)
+        .number("repeated", commands.repeated)
 }
 
 fn line_health(line: &LineHealth<'_>) -> Object {
@@ -679,6 +712,7 @@ mod tests {
             dropped: &[("quota", 4)],
             dead_letters: 1,
             store: StoreHealth { used_bytes: 1000, quota_bytes: 1 << 20, error: None },
+            commands: CommandsHealth { done: 7, refused: 1, ..CommandsHealth::default() },
             lines: &lines,
         };
         assert_eq!(
@@ -691,6 +725,7 @@ mod tests {
                 r#""normal":{"messages":5,"bytes":1000,"oldest_age_s":61}},"#,
                 r#""dropped":{"quota":4},"dead_letters":1,"#,
                 r#""store":{"state":"ok","used_bytes":1000,"quota_bytes":1048576},"#,
+                r#""commands":{"waiting":0,"done":7,"refused":1,"expired":0,"failed":0,"unknown":0,"repeated":0},"#,
                 r#""lines":{"line1":{"state":"ok","units":{"meter1":{"state":"ok"},"#,
                 r#""meter2":{"state":"fault","reason":"no answer within 1000 ms"}}}}}"#
             )
