@@ -29,7 +29,7 @@ use crate::message::{Qos, TopicError};
 use crate::pipeline;
 use crate::point::{PointIndex, Reading};
 use crate::policy::Policy;
-use crate::policy::command::{self, WritablePoint};
+use crate::policy::command::{self, Allowed, WritablePoint};
 use crate::policy::format::Speaker;
 use crate::source::modbus::{self, LateReplies, Line, LinePoint, LineStatus, Unit};
 use crate::stats::Stats;
@@ -201,16 +201,15 @@ impl Agent {
         let mut lines = JoinSet::new();
         let mut line_states = Vec::new();
         let mut line_ends = Vec::new();
-        let (_written, from_lines_written) = mpsc::channel(WRITTEN_MAX);
+        let (written, from_lines_written) = mpsc::channel(WRITTEN_MAX);
         for line in &config.modbus {
-            let (writes, _to_write) = mpsc::channel(WRITES_MAX);
+            let (writes, to_write) = mpsc::channel(WRITES_MAX);
             line_ends.push(LineEnd { writes, patience: WRITE_TIMEOUTS * line.timeout + WRITE_PATIENCE });
             let line = modbus_line(config, line);
             let (status, state) = watch::channel(LineStatus::of(&line));
             line_states.push(state);
             let (readings, stats, stop) = (readings.clone(), Arc::clone(&stats), lines_stopped.clone());
-            let ((_, writes), (written, _)) = (mpsc::channel(1), mpsc::channel(1));
-            lines.spawn(modbus::run(line, readings, writes, written, status, stats, stop));
+            lines.spawn(modbus::run(line, readings, to_write, written.clone(), status, stats, stop));
         }
 
         let mut dispatch = JoinSet::new();
@@ -415,8 +414,21 @@ fn dispatch_settings(config: &Config, lines: Vec<LineEnd>, faults: Faults) -> di
     }
 }
 
-fn writable_points(_config: &Config) -> Vec<WritablePoint> {
-    Vec::new()
+fn writable_points(config: &Config) -> Vec<WritablePoint> {
+    let writable = |(line, unit): (usize, &config::ModbusUnit)| {
+        let points = unit.points.clone().filter_map(move |index| {
+            let point = &config.points[index];
+            let allowed = match point.writable? {
+                modbus::Writable::Coil => Allowed::Bool,
+                modbus::Writable::Range { min, max } => Allowed::Number { min, max },
+            };
+            Some(WritablePoint { name: point.report.id.to_string(), index: PointIndex(index), line, allowed })
+        });
+        points.collect::<Vec<_>>()
+    };
+    let units = config.modbus.iter().enumerate();
+    let units = units.flat_map(|(line, modbus)| modbus.units.iter().map(move |unit| (line, unit)));
+    units.flat_map(writable).collect()
 }
 
 fn facts(config: &Config, started: clock::Stamp) -> Facts {

@@ -240,10 +240,7 @@ const PLACES: &[(&str, &[&str])] = &[
     // Inner types are not `Serialize`: what is written for others to read is a contract, and has its file.
     // A command is read member by member, so that one that stands there twice is noticed.
     ("serde", &["control/wire", "policy/command"]),
-    (
-        "serde_json",
-        &["cli/broker", "cli/queue", "cli/status", "control*", "policy/command", "policy/format"],
-    ),
+    ("serde_json", &["cli/broker", "cli/queue", "cli/status", "control*", "policy/command", "policy/format"]),
     ("socket2", &["control", "uplink/link/open"]),
     ("strsim", &["config*"]),
     ("tokio", &["*"]),

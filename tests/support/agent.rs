@@ -100,6 +100,7 @@ impl Config {
 pub struct Agent {
     dir: TempDir,
     faults: Option<Faults>,
+    preload: Option<PathBuf>,
     child: Option<Child>,
 }
 
@@ -114,7 +115,7 @@ impl Agent {
     /// Writes the configuration and starts nothing.
     pub fn prepared(config: &Config) -> Agent {
         let dir = TempDir::new().expect("a temporary directory");
-        let agent = Agent { dir, faults: None, child: None };
+        let agent = Agent { dir, faults: None, preload: None, child: None };
         agent.configure(config);
         agent
     }
@@ -126,6 +127,16 @@ impl Agent {
         agent.faults = Some(faults);
         agent.start_again();
         agent
+    }
+
+    /// Loads this library into every later start of it.
+    pub fn preload(&mut self, library: PathBuf) {
+        self.preload = Some(library);
+    }
+
+    /// Has these faults from the next start on; see [`Agent::start_with_faults`].
+    pub fn have_faults(&mut self, faults: Faults) {
+        self.faults = Some(faults);
     }
 
     /// Replaces the configuration; the next start reads it.
@@ -149,6 +160,9 @@ impl Agent {
         assert!(self.child.is_none(), "the agent is running already");
         let log = fs::OpenOptions::new().create(true).append(true).open(self.log_file());
         let mut command = self.command();
+        if let Some(library) = &self.preload {
+            command.env("LD_PRELOAD", library);
+        }
         command.stdin(Stdio::null()).stdout(Stdio::null());
         command.stderr(log.expect("the temporary directory can be written"));
         self.child = Some(command.spawn().expect("the agent's program can be run"));

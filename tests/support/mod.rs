@@ -7,8 +7,11 @@
 
 pub mod aedes;
 pub mod agent;
+pub mod asker;
 pub mod broker;
 pub mod mosquitto;
+pub mod plant;
+pub mod power;
 pub mod producer;
 pub mod proxy;
 
