@@ -113,6 +113,7 @@ pub enum Stepped {
     Repeated,
     /// There is no room for the answer even above the quota: nothing was done.
     NoRoom,
-    /// There is no such command, because the database was damaged meanwhile: nothing was done.
+    /// There is no such command any more, because the database was damaged meanwhile: nothing was done. An answer is
+    /// stored all the same.
     Gone,
 }

@@ -297,6 +297,34 @@ async fn a_retained_command_is_refused_on_311_and_not_even_sent_on_5() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_line_that_is_down_fails_its_own_commands_and_no_other_line_waits() {
+    let broker = mosquitto();
+    let plant = Plant::start().await;
+    let asker = Asker::start(broker.port(), &["fieldpost/g1/answer"]).await;
+    let agent = Agent::start(&config(&broker.url(), &[mosquitto::free_port(), plant.port()]));
+    agent.expect(PATIENCE, "connected", |status| status.link.session_present == Some(false));
+    for number in 0..8 {
+        asker.ask(TOPIC, &payload(number), Qos::AtLeastOnce, None).await;
+    }
+    let answered = wait_until_async(PATIENCE, async || asker.answers().len() == 8).await;
+    assert!(answered, "{:?}\n{}", asker.answers(), agent.tail());
+    for (id, answers) in asker.answers() {
+        let result = if id.ends_with(['1', '3', '5', '7']) { "done" } else { "failed" };
+        assert_eq!((answers.len(), &answers[0]["result"]), (1, &result.into()), "{answers:?}");
+    }
+    assert_eq!(plant.writes(), 4);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_writable_point_the_command_topic_is_not_subscribed_to() {
+    let broker = mosquitto();
+    let agent = Agent::start(&Config::new(&broker.url()));
+    agent.expect(PATIENCE, "connected", |status| status.link.session_present == Some(false));
+    assert!(broker.wait_for_log(PATIENCE, "fieldpost/g1/state (QoS"), "presence is subscribed to");
+    assert!(!broker.log().contains(TOPIC));
+}
+
 /// Measured values go out while a flood is worked off, and memory stays where it was.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_flood_of_commands_is_refused_and_starves_nothing() {

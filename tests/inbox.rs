@@ -126,8 +126,21 @@ fn an_id_belongs_to_one_command_whatever_became_of_it() {
     assert_eq!(step(&mut store, answer(4, Some("a"))), Stepped::Repeated);
     assert_eq!(step(&mut store, answer(5, Some("b"))), Stepped::Done, "refused");
     assert_eq!(step(&mut store, begin(6, "b")), Stepped::Repeated, "what was refused stays so");
-    assert_eq!(step(&mut store, begin(6, "b")), Stepped::Gone);
+    assert_eq!(step(&mut store, begin(6, "c")), Stepped::Gone);
     assert_eq!((numbers(&store), take(&mut store, 10).len()), (vec![], 2));
+}
+
+#[test]
+fn a_command_whose_row_was_lost_to_damage_is_not_begun_and_its_answer_is_stored_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut store = open(folder.path());
+    assert_eq!(step(&mut store, begin(7, "a")), Stepped::Gone);
+    assert_eq!(step(&mut store, answer(7, Some("a"))), Stepped::Done);
+    assert_eq!(step(&mut store, answer(7, Some("a"))), Stepped::Done);
+    record(&mut store, 1);
+    let next = store.newest_command();
+    assert_eq!(step(&mut store, begin(next, "a")), Stepped::Repeated);
+    assert_eq!(take(&mut store, 10).len(), 1);
 }
 
 #[test]

@@ -360,7 +360,7 @@ impl Desk {
                 self.again.push(step);
             }
             Some(stepped) => match step {
-                CommandStep::Begin { number, id } => self.on_begun(number, &id, stepped),
+                CommandStep::Begin { number, id } => self.on_begun(number, &id, stepped, now),
                 CommandStep::Forget { .. } => {}
                 CommandStep::Answer { id, .. } => {
                     self.answering -= 1;
@@ -374,19 +374,23 @@ impl Desk {
         self.pump(now);
     }
 
-    fn on_begun(&mut self, number: u64, id: &str, stepped: Stepped) {
+    fn on_begun(&mut self, number: u64, id: &str, stepped: Stepped, now: Stamp) {
         let begins =
             |line: &LineDesk| matches!(&line.doing, Doing::Beginning(t) if t.command.number == number);
         let Some(index) = self.lines.iter().position(begins) else { return };
         let Doing::Beginning(task) = std::mem::replace(&mut self.lines[index].doing, Doing::Nothing) else {
             return;
         };
-        if stepped == Stepped::Done {
-            return self.write(index, task);
-        }
-        self.ids.remove(id);
-        if stepped == Stepped::Repeated {
-            self.on_repeated();
+        match stepped {
+            Stepped::Done => self.write(index, task),
+            Stepped::Gone => {
+                let reason = Some("nothing was sent: the database was damaged before it could begin");
+                self.answer(&task.command, CommandResult::Failed, reason, None, Lane::Alarm, now);
+            }
+            Stepped::Repeated | Stepped::NoRoom => {
+                self.ids.remove(id);
+                self.on_repeated();
+            }
         }
     }
 
@@ -733,6 +737,16 @@ mod tests {
         assert_eq!(desk.take_effects(), [Effect::Step(begin(1, "a"))]);
         desk.on_stepped(begin(1, "a"), Some(Stepped::Done), at(1_003));
         assert!(matches!(desk.take_effects()[..], [Effect::Write { .. }]));
+    }
+
+    #[test]
+    fn a_command_whose_row_was_lost_to_damage_is_not_carried_out_and_still_answered() {
+        let mut desk = desk();
+        desk.on_recorded(vec![command(1, "a", 0)], at(1));
+        desk.take_effects();
+        desk.on_stepped(begin(1, "a"), Some(Stepped::Gone), at(2));
+        let said = "failed nothing was sent: the database was damaged before it could begin";
+        assert_eq!(answers(&desk.take_effects()), [(1, Some("a".into()), said.into(), Lane::Alarm)]);
     }
 
     #[test]

@@ -144,16 +144,21 @@ impl Inbox {
         let (CommandStep::Begin { number, .. }
         | CommandStep::Answer { number, .. }
         | CommandStep::Forget { number }) = step;
-        let Some((state, bytes)) = self.state(db, number)? else { return Ok(Stepped::Gone) };
+        let row = self.state(db, number)?;
         let known_id = match &step {
             CommandStep::Begin { id, .. } => Some(id.as_str()),
             CommandStep::Answer { id, .. } => id.as_deref(),
             CommandStep::Forget { .. } => None,
         };
-        if state == State::Recorded && self.is_known(db, known_id, number)? {
-            self.forget(db, number, bytes)?;
+        if row.is_none_or(|(state, _)| state == State::Recorded) && self.is_known(db, known_id, number)? {
+            self.forget(db, number, row.map_or(0, |(_, bytes)| bytes))?;
             return Ok(Stepped::Repeated);
         }
+        let (state, bytes) = match (row, &step) {
+            (Some(row), _) => row,
+            (None, CommandStep::Answer { .. }) => self.restore(db, number, (boot, now))?,
+            (None, _) => return Ok(Stepped::Gone),
+        };
         match step {
             CommandStep::Forget { .. } if state == State::Recorded => self.forget(db, number, bytes)?,
             CommandStep::Forget { .. } => {}
@@ -175,6 +180,17 @@ impl Inbox {
             }
         }
         Ok(Stepped::Done)
+    }
+
+    /// Damage took the row of a command under way; its answer closes it all the same.
+    fn restore(&mut self, db: &Connection, number: u64, (boot, now): (&Boot, Stamp)) -> Sql<(State, u64)> {
+        db.prepare_cached(
+            "INSERT INTO command (number, topic, payload, qos, retain, received_ms, received_mono, kernel_boot, state)
+             VALUES (?, '', x'', 0, 0, ?, ?, ?, 1)",
+        )?
+        .execute(params![number, now.wall_ms, now.mono_ms, boot.kernel_boot])?;
+        self.go_on_above(number);
+        Ok((State::Begun, 0))
     }
 
     fn state(&self, db: &Connection, number: u64) -> Sql<Option<(State, u64)>> {

@@ -2,8 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use fieldpost::message::{Lane, Qos, Seq};
-use fieldpost::turn::{Begin, Change, Resume, RowState};
+use fieldpost::message::{Lane, Qos, Record, Seq};
+use fieldpost::turn::{Begin, Change, Resume, RowState, record_bytes};
+use fieldpost::uplink::link::encoded_len;
 use fieldpost::uplink::packet::{Limits, Packet, Protocol};
 use fieldpost::uplink::session::{Carry, Counted};
 
@@ -319,6 +320,26 @@ fn a_message_just_small_enough_is_sent() {
             world.finish().unwrap();
             assert_eq!(world.broker.violations(), [""; 0]);
             assert_eq!(world.texts().len() == 1, arrives || limit < 80, "{payload} bytes under {limit}");
+        }
+    }
+}
+
+#[test]
+fn correlation_data_is_sent_again_and_counted_on_5_and_left_out_on_311() {
+    for protocol in BOTH {
+        let data = bytes::Bytes::from(vec![0xFF; 200]);
+        let record = Record { correlation_data: Some(data.clone()), ..record(1, "t", Q2) };
+        let bytes = record_bytes(&record);
+        let state = RowState::Published;
+        let (lane, seq, send_no) = (Lane::Normal, Seq(1), 1);
+        let row = Resume::Row { id: id(1024), state, send_no, record: Some(record), lane, seq };
+        let mut desk = Desk::running(protocol, rows(vec![row]), Limits::default());
+        let sent = desk.sent();
+        let [packet @ Packet::Publish(publish)] = &sent[..] else { panic!("{sent:?}") };
+        let wanted = Some(data).filter(|_| protocol == Protocol::V5);
+        assert_eq!((&publish.correlation_data, publish.dup), (&wanted, true));
+        if protocol == Protocol::V5 {
+            assert_eq!(encoded_len(protocol, packet).unwrap(), bytes);
         }
     }
 }

@@ -3,6 +3,8 @@
 //! It speaks through our own link, and keeps its connection for as long as it lives: what is cut and killed is the
 //! agent. Invariant: each answer stands in the list as often as the broker handed it on.
 
+#![allow(clippy::unwrap_used)] // also in the helpers of tests, where Clippy does not expect it
+
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;

@@ -3,6 +3,8 @@
 //! It lives in the test's process and outlives every agent. Invariant: a write stands in its log exactly as often
 //! as a register was set.
 
+#![allow(clippy::unwrap_used)] // also in the helpers of tests, where Clippy does not expect it
+
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
