@@ -387,18 +387,20 @@ async fn executed_around_kills(faults: Faults, kills: usize) -> Outcome {
 }
 
 /// A stall before each commit stands for a slow card: the kill falls between a write and its commit.
-const STALL: store::Faults = store::Faults { commit_stall: Duration::from_millis(20) };
+fn slow_card() -> store::Faults {
+    store::Faults { commit_stall: Duration::from_millis(20), ..store::Faults::default() }
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_slow_card_executes_no_command_twice() {
-    let outcome = executed_around_kills(Faults { store: STALL, ..Faults::default() }, 8).await;
+    let outcome = executed_around_kills(Faults { store: slow_card(), ..Faults::default() }, 8).await;
     assert_eq!((outcome.executed_twice, outcome.answered_twice), (0, 0), "{outcome}");
 }
 
 /// The negative control of this file: it can see a command that is executed twice.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_write_before_the_commit_of_its_beginning_would_be_executed_twice() {
-    let faults = Faults { store: STALL, break_command_order: true, ..Faults::default() };
+    let faults = Faults { store: slow_card(), break_command_order: true, ..Faults::default() };
     let outcome = executed_around_kills(faults, 8).await;
     assert!(outcome.executed_twice > 0, "{outcome}");
 }

@@ -350,6 +350,7 @@ fn message(lane: Lane, text: &str) -> Message {
         lane,
         at: START,
         expires_after: None,
+        correlation_data: None,
         payload: Payload::Whole(Bytes::copy_from_slice(text.as_bytes())),
     }
 }

@@ -350,6 +350,7 @@ impl Workload {
             lane,
             at: self.now,
             expires_after: topic.starts_with('x').then(|| Duration::from_secs(self.random.u64(5..40))),
+            correlation_data: None,
             payload: if self.random.bool() { Payload::Numbered(text) } else { Payload::Whole(text.into()) },
         }
     }
@@ -459,7 +460,7 @@ impl Workload {
         let offered: BTreeSet<u16> =
             offer.iter().flat_map(|offer| offer.ids.iter().map(|id| id.get())).collect();
         let Some(store) = &mut self.store else { return };
-        let committed = match store.commit(Batch { appends, changes, offer }, self.now) {
+        let committed = match store.commit(Batch { appends, changes, offer, ..Batch::default() }, self.now) {
             Ok(committed) => committed,
             Err(error) => {
                 let mut after = self.state.clone();
