@@ -7,7 +7,7 @@
 
 use super::wait_until;
 use rustix::process::{Pid, Signal, kill_process};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -109,7 +109,8 @@ impl Mosquitto {
         wait_until(within, || self.log().lines().any(|line| line.contains(text)))
     }
 
-    fn log_path(&self) -> PathBuf {
+    /// Where its log is; it may be emptied while mosquitto is stopped.
+    pub fn log_path(&self) -> PathBuf {
         self.dir.path().join("mosquitto.log")
     }
 
@@ -211,14 +212,18 @@ pub fn free_port() -> u16 {
     listener.local_addr().expect("a bound socket has an address").port()
 }
 
-/// Path of a program of the mosquitto packages. Panics if it is not there.
-fn program(name: &str) -> PathBuf {
+/// Path of a program of the mosquitto packages, if it is there.
+pub fn find(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     // Debian puts the broker where an ordinary user's PATH does not look.
     let places =
         std::env::split_paths(&path).chain([PathBuf::from("/usr/sbin"), PathBuf::from("/usr/local/sbin")]);
-    let found = places.map(|place| place.join(name)).find(|file| Path::is_file(file));
-    found.unwrap_or_else(|| {
+    places.map(|place| place.join(name)).find(|file| Path::is_file(file))
+}
+
+/// Path of a program of the mosquitto packages. Panics if it is not there.
+fn program(name: &str) -> PathBuf {
+    find(name).unwrap_or_else(|| {
         panic!("{name} is not installed; these tests need it: apt-get install mosquitto mosquitto-clients")
     })
 }
@@ -254,39 +259,85 @@ pub struct LogCount {
     pub publishes: Vec<LoggedPublish>,
 }
 
+/// What one line of the log means for the messages.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Logged {
+    /// A PUBLISH came.
+    Publish(LoggedPublish),
+    /// PUBREL came for this client's packet id, which is held.
+    HandedOn(String, u16),
+    /// The PUBLISH of this client with this packet id was refused, whether first or not.
+    Refused(String, u16),
+}
+
+/// Reads a log line by line, as long as it may be.
+#[derive(Clone, Debug, Default)]
+pub struct LogReader {
+    /// Packet ids by client.
+    held: BTreeMap<String, BTreeSet<u16>>,
+}
+
+impl LogReader {
+    /// Takes the next line of a log written with `log_type all`. A packet id is held from a PUBLISH at QoS 2 until
+    /// PUBCOMP was sent, a PUBREC refused it, or the client was told that it has a new session.
+    pub fn take(&mut self, line: &str) -> Option<Logged> {
+        // "1700000000: Received PUBLISH from ..."
+        let text = line.split_once(": ").map_or(line, |(_, text)| text);
+        if let Some(mut publish) = LoggedPublish::parse(text) {
+            publish.handed_on = publish.qos < 2;
+            publish.first_time =
+                publish.qos < 2 || self.held.entry(publish.client_id.clone()).or_default().insert(publish.id);
+            return Some(Logged::Publish(publish));
+        }
+        if let Some((client_id, id)) = released(text) {
+            let held = self.held.get(client_id).is_some_and(|ids| ids.contains(&id));
+            return held.then(|| Logged::HandedOn(client_id.to_owned(), id));
+        }
+        if let Some((client_id, id)) = completed(text) {
+            self.release(client_id, id);
+        } else if let Some((client_id, id)) = refused(text) {
+            self.release(client_id, id);
+            return Some(Logged::Refused(client_id.to_owned(), id));
+        } else if let Some(client_id) = new_session(text) {
+            self.held.remove(client_id);
+        }
+        None
+    }
+
+    fn release(&mut self, client_id: &str, id: u16) {
+        if let Some(ids) = self.held.get_mut(client_id) {
+            ids.remove(&id);
+        }
+    }
+}
+
 impl LogCount {
-    /// Reads a log written with `log_type all`. A packet id is held from a PUBLISH at QoS 2 until PUBCOMP was
-    /// sent, a PUBREC refused it, or the client was told that it has a new session.
+    /// Reads a whole log.
     pub fn read(log: &str) -> LogCount {
-        // Which of the publishes a held id belongs to.
-        let mut held: BTreeMap<String, BTreeMap<u16, usize>> = BTreeMap::new();
+        let mut reader = LogReader::default();
+        // Which of the publishes an id was last used by for the first time.
+        let mut latest: BTreeMap<(String, u16), usize> = BTreeMap::new();
         let mut count = LogCount::default();
-        for line in log.lines() {
-            // "1700000000: Received PUBLISH from ..."
-            let text = line.split_once(": ").map_or(line, |(_, text)| text);
-            if let Some(mut publish) = LoggedPublish::parse(text) {
-                let ids = held.entry(publish.client_id.clone()).or_default();
-                publish.first_time = publish.qos < 2 || !ids.contains_key(&publish.id);
-                publish.handed_on = publish.qos < 2;
-                if publish.qos == 2 && publish.first_time {
-                    ids.insert(publish.id, count.publishes.len());
+        for logged in log.lines().filter_map(|line| reader.take(line)) {
+            match logged {
+                Logged::Publish(publish) => {
+                    if publish.qos == 2 && publish.first_time {
+                        latest.insert((publish.client_id.clone(), publish.id), count.publishes.len());
+                    }
+                    count.publishes.push(publish);
                 }
-                count.publishes.push(publish);
-            } else if let Some((client_id, id)) = released(text) {
-                let publish = held.get(client_id).and_then(|ids| ids.get(&id));
-                if let Some(publish) = publish.and_then(|index| count.publishes.get_mut(*index)) {
-                    publish.handed_on = true;
+                Logged::HandedOn(client_id, id) => {
+                    let publish = latest.get(&(client_id, id));
+                    if let Some(publish) = publish.and_then(|index| count.publishes.get_mut(*index)) {
+                        publish.handed_on = true;
+                    }
                 }
-            } else if let Some((client_id, id)) = completed(text) {
-                held.entry(client_id.to_owned()).or_default().remove(&id);
-            } else if let Some((client_id, id)) = refused(text) {
-                held.entry(client_id.to_owned()).or_default().remove(&id);
-                let last = |p: &&mut LoggedPublish| (p.client_id.as_str(), p.id) == (client_id, id);
-                if let Some(publish) = count.publishes.iter_mut().rev().find(last) {
-                    (publish.first_time, publish.handed_on) = (false, false);
+                Logged::Refused(client_id, id) => {
+                    let last = |p: &&mut LoggedPublish| p.client_id == client_id && p.id == id;
+                    if let Some(publish) = count.publishes.iter_mut().rev().find(last) {
+                        (publish.first_time, publish.handed_on) = (false, false);
+                    }
                 }
-            } else if let Some(client_id) = new_session(text) {
-                held.remove(client_id);
             }
         }
         count
