@@ -349,6 +349,10 @@ pub(crate) fn store_settings(config: &Config, faults: Faults) -> store::Settings
         path: config.store.path.clone(),
         quota: config.store.quota,
         when_full: config.store.when_full,
+        lanes: config.store.lanes,
+        min_free_disk: config.store.min_free_disk,
+        replay: config.replay,
+        budget: config.budget,
         commit_interval: config.store.commit_interval,
         faults: faults.store,
     }

@@ -12,6 +12,7 @@ mod points;
 mod quantity;
 mod raw;
 mod read;
+mod store;
 mod url;
 mod value;
 
@@ -26,7 +27,7 @@ use crate::source::modbus::{Space, Writable};
 use crate::uplink::packet::Protocol;
 
 pub use crate::source::modbus::{Parity, SerialPort, Transport};
-pub use crate::store::WhenFull;
+pub use crate::store::{BudgetPeriod, BudgetSettings, LaneLimits, Replay, ReplayOrder, WhenFull};
 pub use crate::turn::OnSessionLoss;
 pub use crate::uplink::tls::Settings as Tls;
 pub use place::{Problem, Problems, Spot};
@@ -40,6 +41,10 @@ pub struct Config {
     pub broker: Broker,
     /// `[store]`
     pub store: Store,
+    /// `[replay]`
+    pub replay: Replay,
+    /// `[budget]`
+    pub budget: Option<BudgetSettings>,
     /// `[control]`
     pub control: Control,
     /// `[commands]`
@@ -119,6 +124,13 @@ pub struct Store {
     pub quota: u64,
     /// What happens to a new message when the quota is reached.
     pub when_full: WhenFull,
+    /// What each lane may hold, in the order of [`Lane::ALL`]; nothing but the quota by default. 64 KiB to 1 TiB,
+    /// 1 to 1,000,000,000 messages, 1 s to 3650 d.
+    ///
+    /// [`Lane::ALL`]: crate::message::Lane::ALL
+    pub lanes: [LaneLimits; 3],
+    /// Free bytes of the disk below which the database grows no more. Default 16 MiB, 0 to 1 TiB.
+    pub min_free_disk: u64,
     /// Longest time a message of the lane waits for others to share its commit with, in the order of
     /// [`Lane::ALL`]. Defaults 0, 50 ms and 1 s; up to 60 s. Longer wears flash less.
     pub commit_interval: [Duration; 3],

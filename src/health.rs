@@ -18,7 +18,9 @@ use crate::clock::{self, Stamp};
 use crate::control::wire::{self, Answer};
 use crate::control::{Ask, Request};
 use crate::message::{Lane, Message, Qos};
-use crate::policy::format::{self, CommandsHealth, Health, LaneHealth, LineHealth, LinkHealth, StoreHealth};
+use crate::policy::format::{
+    self, BudgetHealth, CommandsHealth, Health, LaneHealth, LineHealth, LinkHealth, StoreHealth,
+};
 use crate::queue;
 use crate::source::modbus::LineStatus;
 use crate::stats::Stats;
@@ -284,6 +286,12 @@ impl Reporter {
                 quota_bytes: look.quota,
                 error: look.trouble.as_deref(),
             },
+            budget: look.budget.as_ref().map(|budget| BudgetHealth {
+                used_bytes: budget.used_bytes,
+                bytes: budget.bytes,
+                per: budget.per.name(),
+                held_back: budget.held_back.clone(),
+            }),
             commands: CommandsHealth {
                 waiting: look.inbox,
                 done: self.stats.commands_done.get(),
@@ -333,6 +341,12 @@ impl Reporter {
                 accepting: error.is_none(),
                 error,
             },
+            budget: look.and_then(|look| look.budget).map(|budget| wire::Budget {
+                used_bytes: budget.used_bytes,
+                bytes: budget.bytes,
+                per: budget.per.name().into(),
+                held_back: budget.held_back.iter().map(|lane| lane.name().to_owned()).collect(),
+            }),
             lines: self.lines.iter().map(|line| line_status(&line.borrow(), now)).collect(),
             counters: self.stats.all().into_iter().map(|(name, n)| (name.to_owned(), n)).collect(),
         }

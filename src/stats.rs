@@ -83,6 +83,10 @@ counters! {
     order_overtaken,
     /// Messages published at a lower QoS or without retain because the broker allows no more.
     downgraded,
+    /// Messages of a backlog published without retain, because a newer one of their topic went before.
+    retain_cleared,
+    /// The same, where it is not known whether one did: there are too many topics.
+    retain_cleared_unknown,
     /// Acknowledgements that fit nothing in flight.
     acks_unexpected,
     /// Inbound messages recorded.
@@ -91,6 +95,10 @@ counters! {
     inbound_repeated,
     /// Inbound messages refused: too large, or the inbox full.
     inbound_refused,
+    /// Bytes written to the broker's TCP connections, TLS and failed attempts included.
+    link_bytes_sent,
+    /// Bytes read from them.
+    link_bytes_received,
     /// Commands taken from the inbox.
     commands_received,
     /// Commands carried out and read back.

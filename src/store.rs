@@ -8,9 +8,11 @@
 //! memory.
 
 pub mod browse;
+mod budget;
 mod database;
 mod inbox;
 mod outbox;
+mod pace;
 mod salvage;
 mod segment;
 mod session;
@@ -28,8 +30,9 @@ use crate::message::{Lane, Message, PacketId, Seq};
 use crate::turn::{Begin, Change, Offer, OnSessionLoss, Taken};
 use database::{Database, sqlite_error};
 
+pub use budget::{BudgetLook, Period as BudgetPeriod, Settings as BudgetSettings};
 pub use inbox::KNOWN_MAX;
-pub use outbox::LaneDepth;
+pub use outbox::{LaneDepth, Unretained};
 pub use salvage::Damage;
 pub use session::Settled;
 pub use thread::{Accepted, HandedIn, Handle, NotAccepted, Turn, Turned, spawn};
@@ -48,6 +51,41 @@ pub enum WhenFull {
     RejectNew,
 }
 
+/// What one lane may hold. By default as much as the quota allows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct LaneLimits {
+    /// Bytes of its messages.
+    pub max_bytes: Option<u64>,
+    /// Messages, in flight included.
+    pub max_messages: Option<u64>,
+    /// How long a message may wait. By the monotonic clock within one boot, and across boots by the wall clock
+    /// where it is believable, otherwise at least as long as the machine has been up.
+    pub max_age: Option<Duration>,
+    /// Who loses when a limit of the lane or the quota is reached, if not as [`Settings::when_full`] says.
+    pub when_full: Option<WhenFull>,
+}
+
+/// In which order a backlog is sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ReplayOrder {
+    /// Each lane in the order of acceptance. The default.
+    #[default]
+    InOrder,
+    /// What is accepted while connected first, and the backlog after it.
+    LiveFirst,
+}
+
+/// How a backlog is sent: what was accepted before the connection began to take messages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Replay {
+    /// Before or after what is accepted since.
+    pub order: ReplayOrder,
+    /// Messages of the backlog in a second; `None`: as many as the broker takes.
+    pub max_messages_per_second: Option<u64>,
+    /// Bytes of the backlog's PUBLISH packets in a second.
+    pub max_bytes_per_second: Option<u64>,
+}
+
 /// What the store is opened with.
 #[derive(Debug, Clone)]
 pub struct Settings {
@@ -57,10 +95,36 @@ pub struct Settings {
     pub quota: u64,
     /// Who loses beyond it.
     pub when_full: WhenFull,
+    /// What each lane may hold, in the order of [`Lane::ALL`].
+    pub lanes: [LaneLimits; 3],
+    /// Free bytes of the file system below which the database grows no more, as if the quota were reached; 0: none.
+    pub min_free_disk: u64,
+    /// How a backlog is sent.
+    pub replay: Replay,
+    /// For a link that is paid for by the byte.
+    pub budget: Option<BudgetSettings>,
     /// Longest wait of a message for others to share its commit with, in the order of [`Lane::ALL`].
     pub commit_interval: [Duration; 3],
     /// Negative controls of tests: what a commit must survive. Production leaves it at its default.
     pub faults: Faults,
+}
+
+impl Settings {
+    /// For a database at `path`, without limits but a quota of 512 MiB, and without waiting for others to share a
+    /// commit with.
+    pub fn new(path: PathBuf) -> Self {
+        Settings {
+            path,
+            quota: 512 << 20,
+            when_full: WhenFull::DropOldest,
+            lanes: [LaneLimits::default(); 3],
+            min_free_disk: 0,
+            replay: Replay::default(),
+            budget: None,
+            commit_interval: [Duration::ZERO; 3],
+            faults: Faults::default(),
+        }
+    }
 }
 
 /// Switches for tests that must fail when a promise is broken.
@@ -170,6 +234,11 @@ impl Boot {
         let believable = then.wall_is_believable() && now.wall_is_believable();
         believable.then(|| now.wall_ms.saturating_sub(then.wall_ms).max(0) as u64)
     }
+
+    /// The same, where only the machine's up time is known of the wait: at least so long.
+    pub(crate) fn waited(&self, kernel_boot: u32, then: Stamp, now: Stamp) -> Duration {
+        Duration::from_millis(self.elapsed_ms(kernel_boot, then, now).unwrap_or(now.mono_ms))
+    }
 }
 
 /// What limits or damage took and no gap record has told yet.
@@ -177,7 +246,8 @@ impl Boot {
 pub struct Gap {
     /// The lane.
     pub lane: Lane,
-    /// `quota`, `expired`, `damaged`, `dead_letter`, `abandoned` or `purged`.
+    /// The setting that did it (`quota`, `max_messages`, `max_bytes`, `max_age`, `min_free_disk`), or `expired`,
+    /// `damaged`, `dead_letter`, `abandoned` or `purged`.
     pub reason: String,
     /// The lowest number dropped.
     pub first: Seq,
@@ -222,6 +292,8 @@ pub struct Committed {
     pub refused: Vec<PacketId>,
     /// What the changes amounted to.
     pub settled: Settled,
+    /// Messages handed out without their retain flag.
+    pub unretained: Unretained,
 }
 
 /// What screens and the health message show.
@@ -243,6 +315,8 @@ pub struct Look {
     pub used_bytes: u64,
     /// The quota.
     pub quota: u64,
+    /// The byte budget, if there is one.
+    pub budget: Option<BudgetLook>,
     /// Which start this is.
     pub boot: Boot,
     /// The last damage found since the start.
@@ -352,6 +426,15 @@ impl Store {
         let epoch = self.boot.epoch.max(epoch).saturating_add(1);
         let boot = self.boot.boot.max(boot).saturating_add(1);
         self.transaction(|database| database.disown(epoch, boot, policy))
+    }
+
+    /// Counts bytes sent to and received from the broker against the budget. They are written down with later
+    /// commits, so that a crash forgets less than a thousandth of the budget, or than 16 KiB if that is more, and
+    /// what moved since the last commit.
+    pub fn count_link_bytes(&mut self, bytes: u64, now: Stamp) {
+        if let Some(database) = &mut self.database {
+            database.count_link_bytes(bytes, now);
+        }
     }
 
     /// Reads one more segment from end to end, so that damage is found before its turn comes; `false`: all

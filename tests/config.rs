@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use fieldpost::config::{self, Config, OnSessionLoss, Parity, Problems, Transport, WhenFull};
+use fieldpost::config::{
+    self, Config, LaneLimits, OnSessionLoss, Parity, Problems, Replay, Transport, WhenFull,
+};
 use fieldpost::message::{Lane, Qos};
 use fieldpost::policy::deadband::Deadband;
 use fieldpost::source::modbus::Space;
@@ -108,6 +110,8 @@ fn the_defaults_are_those_of_the_reference_file() {
     assert_eq!((broker.on_session_loss, broker.will), (OnSessionLoss::Republish, true));
     assert!(broker.tls.is_none());
     assert_eq!((config.store.quota, config.store.when_full), (512 << 20, WhenFull::DropOldest));
+    assert_eq!((config.replay, config.budget), (Replay::default(), None));
+    assert_eq!((config.store.min_free_disk, config.store.lanes), (16 << 20, [LaneLimits::default(); 3]));
     assert_eq!(config.store.commit_interval, [Duration::ZERO, Duration::from_millis(50), second]);
     assert_eq!(config.store.path, Path::new("/var/lib/fieldpost/outbox.db"));
     assert_eq!(config.control.socket, Path::new("/var/lib/fieldpost/control.sock"));

@@ -5,24 +5,17 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use bytes::Bytes;
 use fieldpost::clock;
 use fieldpost::message::{Lane, Message, PacketId, Payload, Qos, Seq, Topic};
-use fieldpost::store::{Append, Batch, Faults, Settings, Store, StoreError, WhenFull};
+use fieldpost::store::{Append, Batch, Settings, Store, StoreError};
 use fieldpost::turn::{Change, Offer, OnSessionLoss};
 
 const MESSAGES: u32 = 3000;
 
 fn settings(folder: &Path) -> Settings {
-    Settings {
-        path: folder.join("outbox.db"),
-        quota: 64 << 20,
-        when_full: WhenFull::DropOldest,
-        commit_interval: [Duration::ZERO; 3],
-        faults: Faults::default(),
-    }
+    Settings { quota: 64 << 20, ..Settings::new(folder.join("outbox.db")) }
 }
 
 /// What message `n` says: long enough for a page to hold a few, and its own proof.
@@ -154,15 +147,18 @@ fn survivors(name: &str, spoil: impl Fn(&mut Vec<u8>)) -> usize {
     let mut store = Store::open(settings(folder.path())).unwrap();
     // Damage that the start does not meet is met behind it.
     while store.check_next().unwrap_or(false) {}
-    let kept = match store.look(clock::now()).unwrap().damage {
-        Some(_) => drain(&mut store),
-        None => hand_out(&mut store, 3000).into_iter().collect(),
+    // Without a salvage, those in flight keep their rows and are not handed out anew.
+    let before = store.look(clock::now()).unwrap();
+    let (kept, rows): (BTreeSet<u32>, u64) = match before.damage {
+        Some(_) => (drain(&mut store), 0),
+        None => (hand_out(&mut store, 3000).into_iter().collect(), before.rows),
     };
     let look = store.look(clock::now()).unwrap();
+    let rows = if look.damage.is_some() { 0 } else { rows };
     let dropped: u64 = look.dropped.iter().map(|(_, _, count)| count).sum();
     let damage = look.damage.as_ref().map(|damage| (damage.salvaged, damage.lost));
     if !kept.is_empty() {
-        assert_eq!(kept.len() as u64 + dropped, 2990, "{name}: what is not kept is counted");
+        assert_eq!(kept.len() as u64 + rows + dropped, 2990, "{name}: what is not kept is counted");
     }
     println!("{name}: {} of 2990 kept, {dropped} counted as dropped, salvage {damage:?}", kept.len());
     // Numbering goes on above everything ever numbered.
@@ -198,6 +194,7 @@ fn a_zeroed_block_of_16_kib_costs_the_messages_on_it_and_nothing_else() {
 
 #[test]
 fn a_hundred_flipped_bytes_never_make_a_wrong_message() {
+    let mut all = 0;
     for seed in 0..5 {
         let kept = survivors("100 bytes flipped", |bytes| {
             let mut random = fastrand::Rng::with_seed(seed);
@@ -207,8 +204,11 @@ fn a_hundred_flipped_bytes_never_make_a_wrong_message() {
             }
         });
         // Which pages are hit depends on the schema and its indices.
-        assert!(kept >= 800, "seed {seed}: {kept}");
+        assert!(kept > 0, "seed {seed}");
+        all += kept;
     }
+    // A byte of an inner page costs many messages: how many depends on which.
+    assert!(all >= 5 * 1000, "{all}");
 }
 
 #[test]

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use fieldpost::clock;
 use fieldpost::command::{CommandStep, Stepped};
 use fieldpost::message::{Lane, Message, PacketId, Payload, Qos, Topic};
-use fieldpost::store::{Append, Batch, Committed, Faults, KNOWN_MAX, NotAccepted, Settings, Store, WhenFull};
+use fieldpost::store::{Append, Batch, Committed, KNOWN_MAX, NotAccepted, Settings, Store, WhenFull};
 use fieldpost::turn::{Change, Inbound, Offer, OnSessionLoss, Taken};
 
 const QUOTA: u64 = 1 << 20;
@@ -18,8 +18,7 @@ const QUOTA: u64 = 1 << 20;
 fn open_with(folder: &Path, when_full: WhenFull) -> Store {
     let path = folder.join("outbox.db");
     let commit_interval = [Duration::ZERO; 3];
-    Store::open(Settings { path, quota: QUOTA, when_full, commit_interval, faults: Faults::default() })
-        .unwrap()
+    Store::open(Settings { quota: QUOTA, when_full, commit_interval, ..Settings::new(path) }).unwrap()
 }
 
 fn open(folder: &Path) -> Store {

@@ -73,6 +73,9 @@ const LAYERS: &[Layer] = &[
         pure: true,
     },
     Layer { name: "segment", files: &["store/segment"], may: &["message"], pure: true },
+    Layer { name: "budget", files: &["store/budget"], may: &["clock::Stamp", "message"], pure: true },
+    // The settings are the store's.
+    Layer { name: "pace", files: &["store/pace"], may: &["store::Replay", "store::ReplayOrder"], pure: true },
     // ---- edges: each talks to one outside world, and none imports another
     Layer {
         name: "edge: sources",
@@ -88,8 +91,8 @@ const LAYERS: &[Layer] = &[
     },
     Layer {
         name: "edge: link",
-        files: &["uplink", "uplink/link", "uplink/link/open", "uplink/tls"],
-        may: &["message", "uplink::packet", "uplink::link", "uplink::tls"],
+        files: &["uplink", "uplink/link", "uplink/link/metered", "uplink/link/open", "uplink/tls"],
+        may: &["message", "stats", "uplink::packet", "uplink::link", "uplink::tls"],
         pure: false,
     },
     Layer {
@@ -168,6 +171,11 @@ const LAYERS: &[Layer] = &[
             "source::modbus::Transport",
             "source::modbus::Writable",
             "source::modbus::register",
+            "store::BudgetPeriod",
+            "store::BudgetSettings",
+            "store::LaneLimits",
+            "store::Replay",
+            "store::ReplayOrder",
             "store::WhenFull",
             "turn::OnSessionLoss",
             "uplink::packet::Protocol",
@@ -227,8 +235,8 @@ const PLACES: &[(&str, &[&str])] = &[
     ("fastrand", &["agent", "uplink/connection"]),
     ("futures_util", &["*"]),
     ("indicatif", &["cli*"]),
-    // Payload times, and the dates of certificates in messages for people.
-    ("jiff", &["policy/format", "uplink/tls"]),
+    // Payload times, the dates of certificates in messages for people, and where a month begins.
+    ("jiff", &["policy/format", "store/budget", "uplink/tls"]),
     // Named nowhere: it is there for its version and its C code, which rusqlite calls.
     ("libsqlite3_sys", &["store*"]),
     ("lz4_flex", &["store/segment"]),

@@ -16,12 +16,12 @@ mod workload;
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bytes::Bytes;
 use disk::{Disk, Keep, Op, Refusal, Tape};
 use fastrand::Rng;
-use fieldpost::store::{Faults, Look, Settings, Store, WhenFull};
+use fieldpost::store::{Faults, Look, Settings, Store};
 use fieldpost::turn::OnSessionLoss;
 use oracle::{State, Verdict, examine};
 use workload::{Kind, Workload};
@@ -39,13 +39,7 @@ fn seed() -> u64 {
 }
 
 fn settings(folder: &Path, faults: Faults) -> Settings {
-    Settings {
-        path: folder.join("outbox.db"),
-        quota: 40 << 10,
-        when_full: WhenFull::DropOldest,
-        commit_interval: [Duration::ZERO; 3],
-        faults,
-    }
+    Settings { quota: 40 << 10, faults, ..Settings::new(folder.join("outbox.db")) }
 }
 
 fn pages(page_bytes: u64) -> Faults {

@@ -23,6 +23,7 @@ mod resume;
 #[path = "session/world.rs"]
 mod world;
 
+use fieldpost::store::{Replay, ReplayOrder};
 use fieldpost::uplink::packet::Protocol;
 use fieldpost::uplink::session::Counted;
 use random::{Faults, Run, complains, overtakers, protocol_of, seeds};
@@ -102,6 +103,41 @@ fn everything_at_once() {
         },
         steps: 200,
     });
+}
+
+/// Live first, some of the time with a pace.
+fn live_first(seed: u64) -> Plan {
+    let mut plan = plan(seed);
+    plan.replay = Replay {
+        order: ReplayOrder::LiveFirst,
+        max_messages_per_second: seed.is_multiple_of(3).then_some(1 + seed % 200),
+        max_bytes_per_second: seed.is_multiple_of(5).then_some(1_000),
+    };
+    plan
+}
+
+#[test]
+fn live_first_neither_loses_nor_doubles_and_overtakes_only_the_backlog() {
+    seeds(300, |seed| Run { plan: live_first(seed), faults: HONEST, steps: 200 });
+}
+
+#[test]
+fn live_first_through_everything_at_once() {
+    let faults =
+        Faults { session_losses: 5, receive_maxima: 5, refusals: 10, lies: 5, expiring: 10, ..HONEST };
+    seeds(300, |seed| Run { plan: live_first(seed), faults, steps: 200 });
+}
+
+#[test]
+fn the_box_notices_a_backlog_that_is_overtaken_unasked() {
+    // Judged as if the order were kept.
+    let overtakes = |seed| {
+        let (mut world, result) =
+            random::run(&Run { plan: live_first(seed), faults: HONEST, steps: 200 }, seed, false);
+        world.plan.replay.order = ReplayOrder::InOrder;
+        result.is_ok() && random::judge(&mut world).is_err_and(|why| why.starts_with("ORDER"))
+    };
+    assert!((0..300).any(overtakes));
 }
 
 fn sabotaged(seed: u64, sabotage: Sabotage, faults: Faults) -> Run {

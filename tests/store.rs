@@ -8,19 +8,11 @@ use std::time::Duration;
 use bytes::Bytes;
 use fieldpost::clock::{self, Stamp};
 use fieldpost::message::{Lane, Message, PacketId, Payload, Qos, Seq, Topic};
-use fieldpost::store::{
-    Append, Batch, Committed, Faults, NotAccepted, Settings, Store, StoreError, WhenFull,
-};
+use fieldpost::store::{Append, Batch, Committed, NotAccepted, Settings, Store, StoreError, WhenFull};
 use fieldpost::turn::{Begin, Change, Hold, Inbound, Offer, OnSessionLoss, Resume, RowState, Taken};
 
 fn settings(folder: &Path) -> Settings {
-    Settings {
-        path: folder.join("outbox.db"),
-        quota: 64 << 20,
-        when_full: WhenFull::DropOldest,
-        commit_interval: [Duration::ZERO; 3],
-        faults: Faults::default(),
-    }
+    Settings { quota: 64 << 20, ..Settings::new(folder.join("outbox.db")) }
 }
 
 fn open(folder: &Path) -> Store {

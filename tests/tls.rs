@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use fieldpost::message::{PacketId, Qos, Topic};
+use fieldpost::stats::Stats;
 use fieldpost::uplink::link::{ConnectError, Endpoint, Link, LinkError, Stage, Stream, open};
 use fieldpost::uplink::packet::{Connect, Limits, Packet, Protocol, Publish, ReasonCode, Subscription};
 use fieldpost::uplink::tls::{Client, Settings, SetupError};
@@ -144,7 +145,7 @@ async fn connect(
     protocol: Protocol,
 ) -> Result<Link<Stream>, ConnectError> {
     let timeout = Duration::from_secs(10);
-    let endpoint = Endpoint { host, port, tls, timeout, user_timeout: timeout };
+    let endpoint = Endpoint { host, port, tls, timeout, user_timeout: timeout, stats: &Arc::default() };
     let mut link = Link::new(open(&endpoint).await?, protocol, 65_536);
     link.queue(&connect_packet("gw")).unwrap();
     link.flush().await.unwrap();
@@ -167,6 +168,37 @@ async fn a_good_certificate_is_accepted_by_name_and_by_address() {
         drop(link);
         assert_eq!(seen.await.unwrap().unwrap()[0], 0x10);
     }
+}
+
+#[tokio::test]
+async fn every_byte_on_the_wire_is_counted_the_handshake_too() {
+    let authority = Authority::new("metered");
+    let identity = authority.issue(&["localhost"], |_| {});
+    let (address, seen) = serve(authority.server(&identity, false, &[], false)).await;
+    let client = Client::new(&authority.trusting(), "localhost").unwrap();
+    let stats = Arc::<Stats>::default();
+    let timeout = Duration::from_secs(10);
+    let endpoint = Endpoint {
+        host: "localhost",
+        port: address.port(),
+        tls: Some(&client),
+        timeout,
+        user_timeout: timeout,
+        stats: &stats,
+    };
+    let mut link = Link::new(open(&endpoint).await.unwrap(), Protocol::V5, 65_536);
+    let (sent, received) = (stats.link_bytes_sent.get(), stats.link_bytes_received.get());
+    assert!(sent > 200 && received > 500, "a handshake is {sent} bytes up and {received} down");
+    let packet = connect_packet("gw");
+    let bytes = link.encoded_len(&packet).unwrap() as u64;
+    link.queue(&packet).unwrap();
+    link.flush().await.unwrap();
+    assert!(matches!(next(&mut link).await, Ok(Packet::PingResp)));
+    let sent = stats.link_bytes_sent.get() - sent;
+    assert!((bytes + 1..bytes + 200).contains(&sent), "{bytes} bytes of MQTT were {sent} on the wire");
+    assert!(stats.link_bytes_received.get() > received);
+    drop(link);
+    seen.await.unwrap().unwrap();
 }
 
 /// With this certificate the stream is refused, for this reason, and the broker sees no byte of MQTT.
@@ -279,6 +311,7 @@ async fn a_broker_that_wants_a_certificate_gets_ours_or_says_so() {
             tls: Some(&client),
             timeout,
             user_timeout: timeout,
+            stats: &Arc::default(),
         };
         // With TLS 1.3 the server's refusal comes after the handshake.
         let error = match open(&endpoint).await {
@@ -347,6 +380,7 @@ async fn a_server_that_says_nothing_costs_no_more_than_the_time_allowed() {
         tls: Some(&client),
         timeout: Duration::from_millis(300),
         user_timeout: Duration::from_secs(1),
+        stats: &Arc::default(),
     };
     let error = open(&endpoint).await.err().unwrap();
     assert!(matches!(error, ConnectError::TimedOut { stage: Stage::Handshake, .. }), "{error}");
@@ -429,10 +463,11 @@ async fn the_socket_is_set_up_for_slow_and_dying_links() {
         tls: None,
         timeout: Duration::from_secs(10),
         user_timeout: Duration::from_secs(30),
+        stats: &Arc::default(),
     };
     let Stream::Left(tcp) = open(&endpoint).await.unwrap() else { panic!("TLS was not asked for") };
-    assert!(tcp.nodelay().unwrap());
-    let socket = socket2::SockRef::from(&tcp);
+    assert!(tcp.tcp().nodelay().unwrap());
+    let socket = socket2::SockRef::from(tcp.tcp());
     assert!(socket.keepalive().unwrap());
     assert_eq!(socket.tcp_user_timeout().unwrap(), Some(Duration::from_secs(30)));
     assert!(socket.tcp_notsent_lowat().unwrap() <= 64 * 1024);

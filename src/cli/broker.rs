@@ -4,6 +4,7 @@
 
 use std::io::{self, Write};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
@@ -158,6 +159,7 @@ async fn open(config: &Config) -> Result<Stream, OpenError> {
         tls: client.as_ref(),
         timeout: broker.connect_timeout,
         user_timeout: broker.connect_timeout,
+        stats: &Arc::default(),
     };
     Ok(link::open(&endpoint).await?)
 }
@@ -280,8 +282,8 @@ fn opening(config: &Config, opened: Result<&Stream, OpenError>) -> Vec<Finding> 
     let mut findings = match opened {
         Ok(stream) => {
             let address = match stream {
-                Stream::Left(tcp) => tcp.peer_addr(),
-                Stream::Right(tls) => tls.get_ref().0.peer_addr(),
+                Stream::Left(tcp) => tcp.tcp().peer_addr(),
+                Stream::Right(tls) => tls.get_ref().0.tcp().peer_addr(),
             };
             let address = address.map_or_else(|_| broker.host.clone(), |address| address.to_string());
             let tls = match broker.tls {

@@ -9,10 +9,10 @@ use clap::Args;
 use super::{Agent, Failure, Paint, Tone, printable};
 use crate::config;
 use crate::control::client;
-use crate::control::wire::{Answer, Link, LinkState, Question, Status, Store, Unit};
+use crate::control::wire::{Answer, Budget, Link, LinkState, Question, Status, Store, Unit};
 
 /// Counters that say that something is not as it should be; the others are in `--json`.
-const TROUBLES: [&str; 19] = [
+const TROUBLES: [&str; 20] = [
     "readings_overrun",
     "polls_skipped",
     "messages_not_accepted",
@@ -25,6 +25,7 @@ const TROUBLES: [&str; 19] = [
     "dead_lettered",
     "order_overtaken",
     "downgraded",
+    "retain_cleared_unknown",
     "acks_unexpected",
     "inbound_refused",
     "commands_over_limit",
@@ -104,6 +105,9 @@ fn screen(status: &Status, paint: Paint) -> String {
     queue(&mut screen, status);
     screen.blank();
     store(&mut screen, &status.store);
+    if let Some(of) = &status.budget {
+        budget(&mut screen, of);
+    }
     let dropped = status.dropped.iter().map(|(reason, count)| (reason.as_str(), *count));
     let dropped = counted(dropped).unwrap_or_else(|| "nothing".to_owned());
     screen.line("Dropped", &dropped);
@@ -187,6 +191,21 @@ fn store(screen: &mut Screen, store: &Store) {
     let used = format!("{} of {} ({percent} %)", bytes(store.used_bytes), bytes(store.quota_bytes));
     screen.line("Store", &format!("{state}, {used}"));
     screen.line("", &format!("{}, epoch {}", printable(&store.path), store.epoch));
+}
+
+fn budget(screen: &mut Screen, budget: &Budget) {
+    let percent = u128::from(budget.used_bytes) * 100 / u128::from(budget.bytes.max(1));
+    let period = if budget.per == "day" { "today" } else { "this month" };
+    let used = format!("{} of {} {period} ({percent} %)", bytes(budget.used_bytes), bytes(budget.bytes));
+    let state = match budget.held_back.is_empty() {
+        true => used,
+        false => {
+            let lanes: Vec<String> = budget.held_back.iter().map(|lane| printable(lane)).collect();
+            let holds = format!("holds back {}", lanes.join(" and "));
+            format!("{used}, {}", screen.paint.dab(Tone::Bad, &holds))
+        }
+    };
+    screen.line("Budget", &state);
 }
 
 fn lines(screen: &mut Screen, status: &Status) {
@@ -316,6 +335,7 @@ mod tests {
                 accepting: true,
                 error: None,
             },
+            budget: None,
             lines: vec![Line {
                 name: "line1".into(),
                 up: true,
@@ -340,6 +360,12 @@ mod tests {
         };
         status.dropped = [("expired".to_owned(), 3), ("quota".to_owned(), 1_200)].into();
         status.dead_letters = 2;
+        status.budget = Some(Budget {
+            used_bytes: 51 << 20,
+            bytes: 50 << 20,
+            per: "month".into(),
+            held_back: vec!["normal".into(), "bulk".into()],
+        });
         status.commands_waiting = 3;
         status.store.accepting = false;
         status.store.error = Some("the disk is full".into());
@@ -401,6 +427,7 @@ Queue             messages       bytes        oldest  in flight
 
 Store         NOT ACCEPTING: the disk is full, 2.1 MiB of 512.0 MiB (0 %)
               /var/lib/fieldpost/outbox.db, epoch 3
+Budget        51.0 MiB of 50.0 MiB this month (102 %), holds back normal and bulk
 Dropped       3 expired, 1,200 quota
 Dead letters  2 given up after a refusal by the broker
 Commands      7 done, 1 unknown, 3 waiting

@@ -1,7 +1,7 @@
 //! From the file's shape to a checked [`Config`]: every problem at once, each with its place and a remedy.
 //!
-//! The only file of the configuration that reads files (`modbus` asks where a device's links lead); `[broker]` and `[[modbus]]` are walked by `broker` and
-//! `modbus`.
+//! The only file of the configuration that reads files (`modbus` asks where a device's links lead); `[broker]`, `[store]` with
+//! `[replay]` and `[budget]`, and `[[modbus]]` are walked by `broker`, `store` and `modbus`.
 
 use std::io::{ErrorKind, Read};
 use std::ops::RangeInclusive;
@@ -9,12 +9,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::place::{Place, Problem, Problems, Source};
-use super::quantity;
-use super::raw::{self, COMMANDS, COMMIT_INTERVAL, CONTROL, GATEWAY, ROOT, STORE, Value};
+use super::raw::{self, BUDGET, COMMANDS, CONTROL, GATEWAY, REPLAY, ROOT, STORE, Value};
 use super::read::{Section, Walk};
 use super::value::{self, Complaint, Surroundings};
-use super::{Config, Control, Gateway, Store, WhenFull};
-use crate::message::{Lane, Topic};
+use super::{Config, Control, Gateway};
+use crate::message::Topic;
 use crate::policy::topic::{Names, Template, TemplateError};
 
 /// Larger than any configuration; smaller than what would hurt a gateway when someone names a device file.
@@ -28,10 +27,6 @@ pub(super) const EVER: Duration = Duration::from_secs(3650 * 86_400);
 
 const HEALTH_INTERVAL: RangeInclusive<Duration> = Duration::from_secs(10)..=DAY;
 const DRAIN_TIMEOUT: RangeInclusive<Duration> = Duration::ZERO..=Duration::from_secs(600);
-const QUOTA: RangeInclusive<u64> = 1 << 20..=1 << 40;
-const QUOTA_DEFAULT: u64 = 512 << 20;
-const COMMIT_WAIT: RangeInclusive<Duration> = Duration::ZERO..=MINUTE;
-const COMMIT_WAIT_DEFAULT: [Duration; 3] = [Duration::ZERO, Duration::from_millis(50), SECOND];
 /// `sun_path` holds 108 bytes with the final NUL (unix(7)).
 const SOCKET_PATH_BYTES_MAX: usize = 107;
 
@@ -156,14 +151,19 @@ fn whole(walk: &mut Walk<'_>, root: &raw::Table) -> Config {
     let section = walk.section(root, "broker", &raw::BROKER, true);
     let broker = super::broker::broker(walk, section, &gateway.id);
     let section = walk.section(root, "store", &STORE, false);
-    let store = store(walk, section);
+    let store = super::store::store(walk, section);
     let store_place = section.table.get("path").map_or(section.table.place, |entry| entry.node.place);
+    let section = walk.section(root, "replay", &REPLAY, false);
+    let replay = super::store::replay(walk, section);
+    let is_metered = root.table.get("budget").is_some();
+    let section = walk.section(root, "budget", &BUDGET, false);
+    let budget = is_metered.then(|| super::store::budget(walk, section));
     let section = walk.section(root, "control", &CONTROL, false);
     let control = control(walk, section, &store.path, store_place);
     let section = walk.section(root, "commands", &COMMANDS, false);
     let commands = super::commands::commands(walk, section, &gateway.id, &gateway.base_topic);
     let (modbus, points) = super::modbus::lines(walk, root, &gateway.id);
-    Config { gateway, broker, store, control, commands, modbus, points }
+    Config { gateway, broker, store, replay, budget, control, commands, modbus, points }
 }
 
 fn gateway(walk: &mut Walk<'_>, section: Section<'_>) -> Gateway {
@@ -186,31 +186,6 @@ fn gateway(walk: &mut Walk<'_>, section: Section<'_>) -> Gateway {
         drain_timeout: walk.duration(section, "drain_timeout", DRAIN_TIMEOUT, 5 * SECOND),
         id,
     }
-}
-
-fn store(walk: &mut Walk<'_>, section: Section<'_>) -> Store {
-    const WHEN_FULL: [value::Choice<WhenFull>; 2] =
-        [("drop_oldest", WhenFull::DropOldest, &["drop"]), ("reject_new", WhenFull::RejectNew, &["reject"])];
-    let path = walk.path(section, "path");
-    let quota = walk.get(section, "quota", |value| quantity::size(value, QUOTA));
-    let when_full = walk.get(section, "when_full", |value| value::choice(value, &WHEN_FULL));
-    Store {
-        path: path.map_or_else(|| PathBuf::from("/var/lib/fieldpost/outbox.db"), |path| path.value),
-        quota: quota.map_or(QUOTA_DEFAULT, |quota| quota.value),
-        when_full: when_full.map_or(WhenFull::DropOldest, |when_full| when_full.value),
-        commit_interval: commit_interval(walk, section),
-    }
-}
-
-/// One duration for every lane, or a table with one for each.
-fn commit_interval(walk: &mut Walk<'_>, section: Section<'_>) -> [Duration; 3] {
-    let table = section.table.get("commit_interval").map(|entry| &entry.node);
-    let Some(node) = table.filter(|node| matches!(node.value, Value::Table(_))) else {
-        let one = walk.get(section, "commit_interval", |value| quantity::duration(value, COMMIT_WAIT));
-        return one.map_or(COMMIT_WAIT_DEFAULT, |one| [one.value; 3]);
-    };
-    let Some(lanes) = walk.table(node, &COMMIT_INTERVAL) else { return COMMIT_WAIT_DEFAULT };
-    Lane::ALL.map(|lane| walk.duration(lanes, lane.name(), COMMIT_WAIT, COMMIT_WAIT_DEFAULT[lane as usize]))
 }
 
 fn control(walk: &mut Walk<'_>, section: Section<'_>, store: &Path, store_place: Place) -> Control {

@@ -66,6 +66,8 @@ pub(super) const ROOT: Keys = Keys {
         key("gateway", "[gateway] and under it: id = \"press-shop-1\""),
         known("broker", "[broker] and under it: url = \"mqtt://127.0.0.1:1883\"", &["mqtt", "cloud"]),
         known("store", "[store]", &["database", "storage", "outbox"]),
+        known("replay", "[replay]", &["backlog"]),
+        known("budget", "[budget]", &["quota", "metered"]),
         key("control", "[control]"),
         known("commands", "[commands]", &["command"]),
         known("modbus", "[[modbus]]", &["line", "lines"]),
@@ -118,7 +120,50 @@ pub(super) const STORE: Keys = Keys {
         known("path", "path = \"/var/lib/fieldpost/outbox.db\"", &["file", "database"]),
         known("quota", "quota = \"512MiB\"", &["max_size", "size", "limit"]),
         key("when_full", "when_full = \"drop_oldest\""),
+        known("min_free_disk", "min_free_disk = \"16MiB\"", &["min_free", "free_disk"]),
         key("commit_interval", "commit_interval = \"50ms\""),
+        known("lane", "[store.lane.bulk]", &["lanes"]),
+    ],
+};
+
+/// `[store.lane]`
+pub(super) const LANES: Keys = Keys {
+    header: "[store.lane]",
+    keys: &[
+        key("alarm", "[store.lane.alarm]"),
+        key("normal", "[store.lane.normal]"),
+        key("bulk", "[store.lane.bulk]"),
+    ],
+};
+
+/// `[store.lane.alarm]` and its two siblings.
+pub(super) const LANE_LIMITS: Keys = Keys {
+    header: "[store.lane.…]",
+    keys: &[
+        known("max_bytes", "max_bytes = \"64MiB\"", &["quota", "max_size"]),
+        known("max_messages", "max_messages = 100000", &["max_count", "count"]),
+        known("max_age", "max_age = \"7d\"", &["ttl"]),
+        key("when_full", "when_full = \"drop_oldest\""),
+    ],
+};
+
+/// `[replay]`
+pub(super) const REPLAY: Keys = Keys {
+    header: "[replay]",
+    keys: &[
+        key("order", "order = \"in_order\""),
+        known("max_messages_per_second", "max_messages_per_second = 50", &["rate", "messages_per_second"]),
+        known("max_bytes_per_second", "max_bytes_per_second = \"16KiB\"", &["bytes_per_second", "bandwidth"]),
+    ],
+};
+
+/// `[budget]`
+pub(super) const BUDGET: Keys = Keys {
+    header: "[budget]",
+    keys: &[
+        known("bytes", "bytes = \"50MiB\"", &["limit", "size", "max_bytes"]),
+        known("per", "per = \"month\"", &["period", "every"]),
+        known("holds_back", "holds_back = [\"bulk\", \"normal\"]", &["lanes", "lane"]),
     ],
 };
 
@@ -240,11 +285,15 @@ pub(super) const WRITABLE: Keys = Keys {
 };
 
 /// Every table that a file can hold.
-pub(super) const TABLES: [&Keys; 11] = [
+pub(super) const TABLES: &[&Keys] = &[
     &ROOT,
     &GATEWAY,
     &BROKER,
     &STORE,
+    &LANES,
+    &LANE_LIMITS,
+    &REPLAY,
+    &BUDGET,
     &COMMIT_INTERVAL,
     &CONTROL,
     &COMMANDS,
@@ -539,6 +588,11 @@ mod tests {
                 header = line.split(" #").next().unwrap_or(line).trim().to_owned();
                 let top = header.trim_matches(['[', ']']).split('.').next().unwrap_or_default();
                 shown.insert(("the file".to_owned(), top.to_owned()));
+                if let Some(lane) = header.strip_prefix("[store.lane.") {
+                    shown.insert(("[store]".to_owned(), "lane".to_owned()));
+                    shown.insert(("[store.lane]".to_owned(), lane.trim_end_matches(']').to_owned()));
+                    header = LANE_LIMITS.header.to_owned();
+                }
                 if header == "[[modbus.unit]]" {
                     shown.insert(("[[modbus]]".to_owned(), "unit".to_owned()));
                 }

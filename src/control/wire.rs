@@ -237,6 +237,9 @@ pub struct Status {
     pub commands_waiting: u64,
     /// The database.
     pub store: Store,
+    /// The byte budget, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub budget: Option<Budget>,
     /// Every line, in the order of the configuration.
     pub lines: Vec<Line>,
     /// Every counter of [`crate::stats::Stats`], since the agent started.
@@ -266,6 +269,19 @@ pub struct Link {
     pub in_flight: u64,
     /// Keep Alive in force.
     pub keep_alive_s: u64,
+}
+
+/// The byte budget of the link.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Budget {
+    /// Bytes used in this period.
+    pub used_bytes: u64,
+    /// Bytes of one period.
+    pub bytes: u64,
+    /// `day` or `month`.
+    pub per: String,
+    /// The lanes that wait because it is used up.
+    pub held_back: Vec<String>,
 }
 
 /// What the connection to the broker is doing.

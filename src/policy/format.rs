@@ -298,6 +298,8 @@ pub struct Health<'a> {
     pub dead_letters: u64,
     /// The database.
     pub store: StoreHealth<'a>,
+    /// The byte budget, if there is one.
+    pub budget: Option<BudgetHealth<'a>>,
     /// Commands.
     pub commands: CommandsHealth,
     /// Every line, in the order of the configuration.
@@ -360,6 +362,19 @@ pub struct StoreHealth<'a> {
     pub error: Option<&'a str>,
 }
 
+/// The byte budget, as the health message tells it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BudgetHealth<'a> {
+    /// Bytes used in this period.
+    pub used_bytes: u64,
+    /// Bytes of one period.
+    pub bytes: u64,
+    /// `day` or `month`.
+    pub per: &'a str,
+    /// The lanes that wait because it is used up.
+    pub held_back: Vec<Lane>,
+}
+
 /// One line, as the health message tells it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LineHealth<'a> {
@@ -384,7 +399,7 @@ pub fn health(speaker: &Speaker, health: &Health<'_>) -> String {
         health.dropped.iter().fold(Object::new(), |dropped, (reason, count)| dropped.number(reason, count));
     let lines =
         health.lines.iter().fold(Object::new(), |lines, line| lines.object(line.name, line_health(line)));
-    Object::versioned()
+    let told = Object::versioned()
         .text("gateway", &speaker.gateway)
         .text("version", &speaker.version)
         .number("boot", speaker.boot)
@@ -396,9 +411,21 @@ pub fn health(speaker: &Speaker, health: &Health<'_>) -> String {
         .object("dropped", dropped)
         .number("dead_letters", health.dead_letters)
         .object("store", store_health(&health.store))
-        .object("commands", commands_health(&health.commands))
-        .object("lines", lines)
-        .close()
+        .object("commands", commands_health(&health.commands));
+    let told = match &health.budget {
+        Some(budget) => told.object("budget", budget_health(budget)),
+        None => told,
+    };
+    told.object("lines", lines).close()
+}
+
+fn budget_health(budget: &BudgetHealth<'_>) -> Object {
+    let held_back: Vec<&str> = budget.held_back.iter().map(|lane| lane.name()).collect();
+    Object::new()
+        .number("used_bytes", budget.used_bytes)
+        .number("bytes", budget.bytes)
+        .text("per", budget.per)
+        .number("held_back", serde_json::Value::from(held_back))
 }
 
 fn link_health(link: &LinkHealth<'_>) -> Object {
@@ -712,6 +739,12 @@ mod tests {
             dropped: &[("quota", 4)],
             dead_letters: 1,
             store: StoreHealth { used_bytes: 1000, quota_bytes: 1 << 20, error: None },
+            budget: Some(BudgetHealth {
+                used_bytes: 32_505_856,
+                bytes: 52_428_800,
+                per: "month",
+                held_back: vec![Lane::Bulk],
+            }),
             commands: CommandsHealth { done: 7, refused: 1, ..CommandsHealth::default() },
             lines: &lines,
         };
@@ -726,6 +759,7 @@ mod tests {
                 r#""dropped":{"quota":4},"dead_letters":1,"#,
                 r#""store":{"state":"ok","used_bytes":1000,"quota_bytes":1048576},"#,
                 r#""commands":{"waiting":0,"done":7,"refused":1,"expired":0,"failed":0,"unknown":0,"repeated":0},"#,
+                r#""budget":{"used_bytes":32505856,"bytes":52428800,"per":"month","held_back":["bulk"]},"#,
                 r#""lines":{"line1":{"state":"ok","units":{"meter1":{"state":"ok"},"#,
                 r#""meter2":{"state":"fault","reason":"no answer within 1000 ms"}}}}}"#
             )

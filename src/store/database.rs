@@ -10,8 +10,9 @@ use std::time::Duration;
 use rusqlite::{Connection, ErrorCode, OptionalExtension, params};
 
 use super::browse::{self, Ask, Found};
+use super::budget::{Budget, Used};
 use super::inbox::Inbox;
-use super::outbox::Outbox;
+use super::outbox::{DiskLow, Limits, Outbox};
 use super::session::SessionTable;
 use super::{
     Append, Batch, Boot, Committed, Damage, Gap, Look, NotAccepted, PAYLOAD_MAX_BYTES, Settings, Settled,
@@ -34,6 +35,8 @@ const PAGE_BYTES: u64 = 1024;
 const CHECKPOINT_PAGES: u64 = 1000;
 /// What a full queue must still be able to record above the quota: acknowledgements, commands, answers, gaps.
 const HEADROOM_BYTES: u64 = 16 << 20;
+/// How often the file system is asked for its free space, at most.
+const LOOK_AT_DISK_MS: u64 = 1_000;
 /// How far answers may go over the quota: a quarter of the headroom.
 const ANSWERS_OVER_QUOTA_BYTES: u64 = HEADROOM_BYTES / 4;
 /// A database up to this size is checked whole at a start after an unclean stop; a larger one is ready at
@@ -51,6 +54,15 @@ pub(super) struct Database {
     outbox: Outbox,
     session: SessionTable,
     inbox: Inbox,
+    disk: FreeDisk,
+    budget: Option<Budget>,
+}
+
+/// What was last known of the file system's free space.
+#[derive(Debug, Clone, Copy, Default)]
+struct FreeDisk {
+    looked_mono_ms: Option<u64>,
+    bytes: u64,
 }
 
 impl Database {
@@ -95,8 +107,10 @@ impl Database {
     pub(super) fn over(db: Connection, settings: &Settings) -> Result<Self, StoreError> {
         let fail = |source| unreadable(&settings.path, source);
         let boot = start(&db).map_err(fail)?;
-        let (outbox, session, inbox) = load(&db).map_err(fail)?;
-        Ok(Database { db, settings: settings.clone(), boot, outbox, session, inbox })
+        let (outbox, session, inbox) = load(&db, settings).map_err(fail)?;
+        let disk = FreeDisk::default();
+        let budget = load_budget(&db, settings).map_err(fail)?;
+        Ok(Database { db, settings: settings.clone(), boot, outbox, session, inbox, disk, budget })
     }
 
     /// Opens a database without counting a start; see [`super::Store::visit`].
@@ -116,8 +130,10 @@ impl Database {
             _ => return Err(StoreError::Newer { path: path.clone(), found: schema, known: SCHEMA }),
         }
         let boot = visited(&db).map_err(fail)?;
-        let (outbox, session, inbox) = load(&db).map_err(fail)?;
-        Ok(Database { db, settings: settings.clone(), boot, outbox, session, inbox })
+        let (outbox, session, inbox) = load(&db, settings).map_err(fail)?;
+        let disk = FreeDisk::default();
+        // Nothing is sent and nothing counted.
+        Ok(Database { db, settings: settings.clone(), boot, outbox, session, inbox, disk, budget: None })
     }
 
     /// See [`super::Store::browse`].
@@ -175,11 +191,49 @@ impl Database {
     }
 
     pub(super) fn waiting(&self, now: Stamp) -> (bool, Option<u64>) {
-        (self.outbox.has_waiting(), self.outbox.next_release(now))
+        let held_back = self.held_back(now);
+        let look_again = self.budget.as_ref().and_then(|budget| budget.look_again_at(now));
+        let look_again = look_again.filter(|_| self.outbox.has_any_of(held_back));
+        let release = self.outbox.next_release(now, held_back);
+        (self.outbox.has_waiting(now, held_back), release.into_iter().chain(look_again).min())
+    }
+
+    /// See [`super::Store::count_link_bytes`].
+    pub(super) fn count_link_bytes(&mut self, bytes: u64, now: Stamp) {
+        let Some(budget) = &mut self.budget else { return };
+        if let Some(percent) = budget.count(bytes, now) {
+            let look = budget.look(now);
+            let held_back: Vec<&str> = look.held_back.iter().map(|lane| lane.name()).collect();
+            tracing::warn!(
+                percent,
+                used = look.used_bytes,
+                budget = look.bytes,
+                per = look.per.name(),
+                held_back = held_back.join(", "),
+                "a good part of the byte budget is used"
+            );
+        }
+    }
+
+    /// The lanes that wait for the next budget.
+    fn held_back(&self, now: Stamp) -> [bool; 3] {
+        self.budget.as_ref().map_or([false; 3], |budget| budget.held_back(now))
+    }
+
+    fn write_budget(&self, used: Option<Used>) -> Sql<()> {
+        let (Some(Used { period, bytes, ran_ms }), Some(budget)) = (used, self.settings.budget) else {
+            return Ok(());
+        };
+        self.db
+            .prepare_cached("INSERT OR REPLACE INTO budget VALUES (1, ?, ?, ?, ?)")?
+            .execute(params![budget.per.name(), period, bytes, ran_ms])
+            .map(drop)
     }
 
     /// Moves the write-ahead log into the database and closes it.
-    pub(super) fn close(self) -> Sql<()> {
+    pub(super) fn close(mut self) -> Sql<()> {
+        let used = self.budget.as_mut().map(Budget::take_all);
+        self.write_budget(used)?;
         close(self.db)
     }
 
@@ -198,6 +252,8 @@ impl Database {
     pub(super) fn transaction<T>(&mut self, work: impl FnOnce(&mut Self) -> Sql<T>) -> Sql<T> {
         self.db.execute_batch("BEGIN IMMEDIATE")?;
         let done = work(self)?;
+        let used = self.budget.as_mut().and_then(Budget::take_due);
+        self.write_budget(used)?;
         if !self.settings.faults.commit_stall.is_zero() {
             std::thread::sleep(self.settings.faults.commit_stall);
         }
@@ -210,11 +266,14 @@ impl Database {
         if !self.db.is_autocommit() {
             self.db.execute_batch("ROLLBACK")?;
         }
+        let pace = self.outbox.pace();
         let newest = self.inbox.newest();
-        (self.outbox, self.session, self.inbox) = load(&self.db)?;
+        (self.outbox, self.session, self.inbox) = load(&self.db, &self.settings)?;
         (self.boot.epoch, self.boot.boot) =
             self.db.query_row("SELECT epoch, boot FROM meta", [], |row| Ok((row.get(0)?, row.get(1)?)))?;
         self.inbox.go_on_above(newest);
+        self.outbox.keep_pace(pace);
+        self.budget.iter_mut().for_each(Budget::distrust_saved);
         Ok(())
     }
 
@@ -227,6 +286,7 @@ impl Database {
         now: Stamp,
     ) -> Sql<(Begin, Settled)> {
         let mut settled = Settled::default();
+        self.outbox.all_is_backlog();
         self.session.begin(&self.db, &mut self.outbox, owner, policy, &mut settled)?;
         let begin = self.session.resume(&self.db, &mut self.outbox, unacked, &self.boot, now)?;
         self.outbox.write_changes(&self.db)?;
@@ -287,6 +347,11 @@ impl Database {
                 }
             }
         }
+        self.outbox.drop_aged(&self.db, &self.boot, now)?;
+        if batch.offer.is_some() {
+            self.outbox.go_live(&self.db)?;
+            self.outbox.hold_back(self.held_back(now));
+        }
         for step in batch.steps {
             let stepped = self.step(step, now)?;
             committed.steps.push(stepped);
@@ -298,6 +363,7 @@ impl Database {
         if let Some(offer) = &batch.offer {
             committed.taken = self.session.take(&self.db, &mut self.outbox, offer, (&self.boot, now))?;
             self.outbox.check_ends()?;
+            committed.unretained = self.outbox.take_unretained();
         }
         self.outbox.write_changes(&self.db)?;
         Ok(committed)
@@ -316,24 +382,45 @@ impl Database {
         if append.messages.iter().any(|message| message.qos == Qos::AtMostOnce) {
             return Ok(Err(NotAccepted::Qos0));
         }
-        let quota = self.settings.quota;
-        let for_lane = append.messages.iter().map(|message| message.lane).min().unwrap_or(Lane::Bulk);
-        if append.closes.is_empty()
-            && !self.outbox.make_room(
-                &self.db,
-                Outbox::cost(&append.messages),
-                for_lane,
-                quota,
-                self.settings.when_full,
-            )?
-        {
-            return Ok(Err(NotAccepted::QuotaFull { quota, used: self.outbox.bytes() }));
+        if append.closes.is_empty() {
+            let limits = self.limits(now)?;
+            if let Err(refusal) = self.outbox.make_room(&self.db, &append.messages, &limits)? {
+                return Ok(Err(refusal));
+            }
         }
         for gap in &append.closes {
             self.close_gap(gap)?;
         }
         self.outbox.append(&self.db, append.messages, &self.boot, now)?;
         Ok(Ok(()))
+    }
+
+    /// What the queue may hold now.
+    fn limits(&mut self, now: Stamp) -> Sql<Limits> {
+        let Settings { quota, when_full, min_free_disk: wanted, .. } = self.settings;
+        let disk_low = match self.look_at_disk(now).filter(|free| *free < wanted) {
+            None => None,
+            Some(free) => {
+                let spare = self.pragma("freelist_count")?.max(0) as u64 * PAGE_BYTES;
+                Some(DiskLow { room: self.outbox.bytes() + spare / 4 * 3, free, wanted })
+            }
+        };
+        Ok(Limits { quota, disk_low, when_full })
+    }
+
+    /// Free bytes of the file system, at most [`LOOK_AT_DISK_MS`] old; `None` where nobody asked for a minimum, or
+    /// the system does not know.
+    fn look_at_disk(&mut self, now: Stamp) -> Option<u64> {
+        if self.settings.min_free_disk == 0 {
+            return None;
+        }
+        let is_fresh = |looked: u64| now.mono_ms.saturating_sub(looked) < LOOK_AT_DISK_MS;
+        if !self.disk.looked_mono_ms.is_some_and(is_fresh) {
+            let found = rustix::fs::statvfs(&self.settings.path).ok()?;
+            let bytes = found.f_bavail.saturating_mul(found.f_frsize);
+            self.disk = FreeDisk { looked_mono_ms: Some(now.mono_ms), bytes };
+        }
+        Some(self.disk.bytes)
     }
 
     /// What was dropped since the gap was looked at stays open.
@@ -372,6 +459,7 @@ impl Database {
             rows: self.session.rows(),
             used_bytes: self.outbox.bytes(),
             quota: self.settings.quota,
+            budget: self.budget.as_ref().map(|budget| budget.look(now)),
             boot: self.boot.clone(),
             damage: None,
             trouble: None,
@@ -503,10 +591,23 @@ fn visited(db: &Connection) -> Result<Boot, rusqlite::Error> {
     })
 }
 
-fn load(db: &Connection) -> Result<(Outbox, SessionTable, Inbox), rusqlite::Error> {
-    let mut outbox = Outbox::load(db)?;
+fn load(db: &Connection, settings: &Settings) -> Result<(Outbox, SessionTable, Inbox), rusqlite::Error> {
+    let mut outbox = Outbox::load(db, settings)?;
     let session = SessionTable::load(db, &mut outbox)?;
     Ok((outbox, session, Inbox::load(db)?))
+}
+
+/// What was used of another kind of period counts in this one.
+fn load_budget(db: &Connection, settings: &Settings) -> Result<Option<Budget>, rusqlite::Error> {
+    let Some(budget) = settings.budget else { return Ok(None) };
+    let saved = db
+        .query_row("SELECT per, period, used, ran_ms FROM budget", [], |row| {
+            let same = row.get::<_, String>(0)? == budget.per.name();
+            let period = row.get::<_, Option<i64>>(1)?.filter(|_| same);
+            Ok(Used { period, bytes: row.get(2)?, ran_ms: row.get(3)? })
+        })
+        .optional()?;
+    Ok(Some(Budget::new(budget, saved)))
 }
 
 /// At an opening, a row that must be there and is not is damage too.

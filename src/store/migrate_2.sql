@@ -4,3 +4,17 @@ ALTER TABLE dead_letter ADD COLUMN expires_s INTEGER;
 ALTER TABLE dead_letter ADD COLUMN correlation BLOB;
 
 CREATE INDEX command_state ON command (state);
+ALTER TABLE inflight ADD COLUMN retain INTEGER;
+CREATE TABLE retained_ahead (
+    lane            INTEGER NOT NULL,
+    topic           TEXT NOT NULL,
+    seq             INTEGER NOT NULL,
+    PRIMARY KEY (lane, topic)
+) WITHOUT ROWID;
+CREATE TABLE budget (
+    one             INTEGER PRIMARY KEY CHECK (one = 1),
+    per             TEXT NOT NULL,              -- day or month
+    period          INTEGER,                    -- which one since the year 0 or 1970; NULL: by running time
+    used            INTEGER NOT NULL,           -- bytes
+    ran_ms          INTEGER NOT NULL            -- running time in it
+);

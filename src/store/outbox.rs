@@ -6,15 +6,22 @@
 //! Invariants: a record leaves the queue only by its last acknowledgement, or counted by a reason; a record
 //! with a row in `inflight` is never dropped; numbers never repeat.
 
+mod replay;
+mod room;
+mod take;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::RangeInclusive;
+use std::time::Duration;
 
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::browse::State;
+use super::pace::Pace;
 use super::segment::{self, Entry};
-use super::{Boot, WhenFull};
+use super::{Boot, LaneLimits, Settings};
 use crate::clock::Stamp;
-use crate::message::{Lane, Message, Qos, Record, Seq, Topic};
+use crate::message::{Lane, Message, Record, Seq, Topic};
 use crate::turn::Hold;
 
 /// Bytes of one segment's payloads, about; one larger message makes a segment of its own.
@@ -23,15 +30,15 @@ const SEGMENT_BYTES: usize = 128 << 10;
 pub(super) const SEGMENT_OVERHEAD: u64 = 64;
 /// Numbers share their key with the lane.
 const SEQ_MAX: u64 = (1 << 56) - 1;
-/// Messages held behind refused ones of their topic, per lane; beyond it the whole lane is held.
-const DEFERRED_MAX: usize = 10_000;
-/// Unfinished QoS 1 messages sent before a resumed QoS 2 one, at most: no window was ever larger.
-const OLDER_MAX: usize = 1_000;
 
-/// Why a message was dropped, as counters and gap records name it.
+/// Why a message was dropped, as counters and gap records name it: where a setting did it, by its name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum DropReason {
     Quota,
+    MaxMessages,
+    MaxBytes,
+    MaxAge,
+    MinFreeDisk,
     Expired,
     Damaged,
     DeadLetter,
@@ -45,6 +52,10 @@ impl DropReason {
     pub(crate) fn name(self) -> &'static str {
         match self {
             DropReason::Quota => "quota",
+            DropReason::MaxMessages => "max_messages",
+            DropReason::MaxBytes => "max_bytes",
+            DropReason::MaxAge => "max_age",
+            DropReason::MinFreeDisk => "min_free_disk",
             DropReason::Expired => "expired",
             DropReason::Damaged => "damaged",
             DropReason::DeadLetter => "dead_letter",
@@ -87,14 +98,28 @@ struct Loaded {
     kernel_boot: u32,
 }
 
+impl Loaded {
+    fn is_older_than(&self, max_age: Option<Duration>, boot: &Boot, now: Stamp) -> bool {
+        max_age.is_some_and(|max| boot.waited(self.kernel_boot, self.accepted, now) > max)
+    }
+}
+
 /// A topic of which the broker refused a message for now.
 #[derive(Debug, Default)]
 struct Held {
     until_mono_ms: u64,
-    /// Below the cursor, to be taken after the hold.
+    /// Passed by a cursor, to be taken after the hold.
     deferred: BTreeSet<u64>,
     /// The first of them, tried alone: were all sent at once and it refused again, all others would overtake it.
     trial: Option<u64>,
+}
+
+/// How far records have been read, and the segment where that is. Every record below is done, taken, returned or
+/// deferred; so may be some above.
+#[derive(Debug, Default)]
+struct Cursor {
+    next: u64,
+    loaded: Option<Loaded>,
 }
 
 #[derive(Debug)]
@@ -102,16 +127,26 @@ struct LaneQueue {
     next_seq: u64,
     messages: u64,
     bytes: u64,
-    /// Every record below is done, taken, returned or deferred.
-    cursor: u64,
-    /// Below the cursor, to be taken first.
+    /// Live messages are taken first.
+    live_first: bool,
+    /// The first number accepted since this connection began to take; the maximum before.
+    live_from: u64,
+    /// Over everything, or with live first over what is below `live_from`.
+    backlog: Cursor,
+    /// Over the rest, with live first.
+    live: Cursor,
+    /// Nothing below this `live_from` is left.
+    none_older_than: Option<u64>,
+    /// To be taken at their place in the order, which is mostly before the cursor.
     returned: BTreeSet<u64>,
     /// In the session's hands.
     taken: BTreeSet<u64>,
     open: BTreeMap<u64, Open>,
-    loaded: Option<Loaded>,
     held: HashMap<Topic, Held>,
     held_until_mono_ms: u64,
+    limits: LaneLimits,
+    /// Every record below was looked at by `max_age`, and is done, dropped or taken.
+    aged_to: u64,
     changed: bool,
 }
 
@@ -133,7 +168,16 @@ pub struct LaneDepth {
 pub(crate) struct Outbox {
     lanes: [LaneQueue; 3],
     dropped: BTreeMap<(Lane, DropReason), Dropped>,
+    pace: Pace,
+    /// Lanes of which nothing is taken: the byte budget is used up.
+    held_back: [bool; 3],
+    /// Rows of `retained_ahead`.
+    ahead: u64,
+    unretained: Unretained,
 }
+
+pub use replay::Unretained;
+pub(crate) use room::{DiskLow, Limits};
 
 type Sql<T> = Result<T, rusqlite::Error>;
 
@@ -151,7 +195,7 @@ pub(super) fn seq_of(key: i64) -> u64 {
 
 impl Outbox {
     /// Reads what memory needs: counters, and which records of begun segments are done.
-    pub(crate) fn load(db: &Connection) -> Sql<Self> {
+    pub(crate) fn load(db: &Connection, settings: &Settings) -> Sql<Self> {
         let lane = |lane: Lane| -> Sql<LaneQueue> {
             let (next_seq, messages, bytes) = db.query_row(
                 "SELECT next_seq, messages, bytes FROM lane WHERE lane = ?",
@@ -162,13 +206,18 @@ impl Outbox {
                 next_seq,
                 messages,
                 bytes,
-                cursor: 0,
+                live_first: replay::is_live_first(&settings.replay),
+                live_from: u64::MAX,
+                backlog: Cursor::default(),
+                live: Cursor::default(),
+                none_older_than: None,
                 returned: BTreeSet::new(),
                 taken: BTreeSet::new(),
                 open: BTreeMap::new(),
-                loaded: None,
                 held: HashMap::new(),
                 held_until_mono_ms: 0,
+                limits: settings.lanes[lane as usize],
+                aged_to: 0,
                 changed: false,
             };
             // CROSS JOIN, so that the few rows of `progress` lead and not the many segments.
@@ -187,6 +236,10 @@ impl Outbox {
         Ok(Outbox {
             lanes: [lane(Lane::Alarm)?, lane(Lane::Normal)?, lane(Lane::Bulk)?],
             dropped: BTreeMap::new(),
+            pace: Pace::new(&settings.replay),
+            held_back: [false; 3],
+            ahead: replay::count_ahead(db)?,
+            unretained: Unretained::default(),
         })
     }
 
@@ -202,13 +255,6 @@ impl Outbox {
     /// Messages that are not done.
     pub(crate) fn messages(&self) -> u64 {
         self.lanes.iter().map(|lane| lane.messages).sum()
-    }
-
-    /// Bytes the messages will take, about.
-    pub(crate) fn cost(messages: &[Message]) -> u64 {
-        let correlation = |m: &Message| m.correlation_data.as_ref().map_or(0, |data| data.len());
-        let bytes = |m: &Message| m.payload.len_max() + m.topic.as_str().len() + correlation(m) + 16;
-        messages.iter().map(|m| bytes(m) as u64).sum()
     }
 
     /// Numbers and stores messages of any lanes; the caller has made room.
@@ -267,37 +313,6 @@ impl Outbox {
         Ok(())
     }
 
-    /// Drops the oldest records that are not in flight, the lowest lane's first and none above `for_lane`, until
-    /// `need` more bytes fit. Returns whether they do.
-    pub(crate) fn make_room(
-        &mut self,
-        db: &Connection,
-        need: u64,
-        for_lane: Lane,
-        quota: u64,
-        policy: WhenFull,
-    ) -> Sql<bool> {
-        if self.bytes() + need <= quota {
-            return Ok(true);
-        }
-        if policy == WhenFull::RejectNew || need > quota {
-            return Ok(false);
-        }
-        for lane in Lane::ALL.into_iter().rev().filter(|lane| *lane >= for_lane) {
-            let mut from = 0;
-            while self.bytes() + need > quota {
-                let Some((first, count)) = find(db, lane, from)? else { break };
-                from = first + count;
-                for seq in first..from {
-                    if !self.lane(lane).taken.contains(&seq) && !self.is_done(db, lane, seq)? {
-                        self.drop_record(db, lane, seq, DropReason::Quota)?;
-                    }
-                }
-            }
-        }
-        Ok(self.bytes() + need <= quota)
-    }
-
     /// Drops up to `limit` records numbered below `below`, the oldest first and none that is in flight; how many.
     pub(crate) fn drop_below(
         &mut self,
@@ -348,20 +363,22 @@ impl Outbox {
         seq: u64,
         reason: DropReason,
     ) -> Sql<()> {
-        let dropped =
-            self.dropped.entry((lane, reason)).or_insert(Dropped { first: seq, last: seq, count: 0 });
-        dropped.first = dropped.first.min(seq);
-        dropped.last = dropped.last.max(seq);
-        dropped.count += 1;
+        self.count_dropped(lane, reason, Dropped { first: seq, last: seq, count: 1 });
         self.finish(db, lane, seq)
+    }
+
+    fn count_dropped(&mut self, lane: Lane, reason: DropReason, more: Dropped) {
+        let dropped = self.dropped.entry((lane, reason)).or_insert(Dropped { count: 0, ..more });
+        dropped.first = dropped.first.min(more.first);
+        dropped.last = dropped.last.max(more.last);
+        dropped.count += more.count;
     }
 
     /// Marks a record done; the last one of a segment deletes it.
     pub(crate) fn finish(&mut self, db: &Connection, lane: Lane, seq: u64) -> Sql<()> {
         let queue = &mut self.lanes[lane as usize];
         queue.taken.remove(&seq);
-        queue.returned.remove(&seq);
-        queue.leave_held(seq);
+        queue.forget(seq..=seq);
         let Some(first) = queue.open_segment(db, lane, seq)? else { return Ok(()) };
         let open = queue.open.get_mut(&first).expect("open_segment has just found it");
         let index = seq - first;
@@ -390,117 +407,13 @@ impl Outbox {
         })
     }
 
-    /// The next record that may be sent, marked as taken. `None`: nothing now.
-    pub(crate) fn take(
-        &mut self,
-        db: &Connection,
-        lane: Lane,
-        boot: &Boot,
-        now: Stamp,
-    ) -> Sql<Option<Record>> {
-        // Even in a lane that is held: a topic whose time has come must not ask for attention again and again.
-        self.lane(lane).release_held(now);
-        if self.lane(lane).held_until_mono_ms > now.mono_ms {
-            return Ok(None);
-        }
-        while let Some(seq) = self.candidate(db, lane)? {
-            let Some((entry, expires_s)) = self.readable(db, lane, seq, boot, now)? else { continue };
-            let queue = self.lane(lane);
-            if let Some(held) = queue.held.get_mut(&entry.topic)
-                && let Some(trial) = held.trial.filter(|trial| seq < *trial && queue.returned.remove(trial))
-            {
-                // An older one came back before the trial was sent.
-                held.deferred.insert(trial);
-                held.trial = Some(seq);
-            }
-            let deferred: usize = queue.held.values().map(|held| held.deferred.len()).sum();
-            if let Some(held) = queue.held.get_mut(&entry.topic).filter(|held| held.trial != Some(seq)) {
-                if deferred >= DEFERRED_MAX {
-                    queue.held_until_mono_ms = held.until_mono_ms;
-                    return Ok(None);
-                }
-                held.deferred.insert(seq);
-                queue.pass(seq);
-                continue;
-            }
-            queue.pass(seq);
-            queue.taken.insert(seq);
-            return Ok(Some(entry.into_record(lane, Seq(seq), expires_s)));
-        }
-        Ok(None)
-    }
-
-    /// The number to look at next: a returned one, or the first at or after the cursor that is open.
-    fn candidate(&mut self, db: &Connection, lane: Lane) -> Sql<Option<u64>> {
-        while let Some(seq) = self.lane(lane).returned.first().copied() {
-            // A limit may have taken it meanwhile.
-            if !self.is_done(db, lane, seq)? {
-                return Ok(Some(seq));
-            }
-            self.lane(lane).returned.remove(&seq);
-        }
-        loop {
-            let queue = self.lane(lane);
-            if queue.cursor >= queue.next_seq {
-                return Ok(None);
-            }
-            let seq = queue.cursor;
-            if !queue.loaded_holds(seq) && !queue.load(db, lane, seq)? {
-                let next = queue.next_seq;
-                queue.cursor = next;
-                return Ok(None);
-            }
-            let loaded_first = queue.loaded.as_ref().map_or(seq, |loaded| loaded.first);
-            let seq = seq.max(loaded_first);
-            queue.cursor = seq;
-            if queue.taken.contains(&seq) || self.is_done(db, lane, seq)? {
-                self.lane(lane).cursor += 1;
-                continue;
-            }
-            return Ok(Some(seq));
-        }
-    }
-
-    /// The entry, unless it is damaged or has expired, in which case it is dropped.
-    fn readable(
-        &mut self,
-        db: &Connection,
-        lane: Lane,
-        seq: u64,
-        boot: &Boot,
-        now: Stamp,
-    ) -> Sql<Option<(Entry, Option<u32>)>> {
-        let queue = self.lane(lane);
-        if !queue.loaded_holds(seq) {
-            queue.load(db, lane, seq)?;
-        }
-        if !queue.loaded_holds(seq) {
-            queue.pass(seq);
-            return Ok(None);
-        }
-        let Some(loaded) = &queue.loaded else { return Ok(None) };
-        let reason = match &loaded.entries[(seq - loaded.first) as usize] {
-            None => DropReason::Damaged,
-            Some(entry) => match time_left(entry.expires_after_s, loaded, boot, now) {
-                Some(left) => return Ok(Some((entry.clone(), left))),
-                None => DropReason::Expired,
-            },
-        };
-        queue.pass(seq);
-        self.drop_record(db, lane, seq, reason)?;
-        Ok(None)
-    }
-
     /// A record by its number, for a row of `inflight`. `None` when it is damaged or gone.
     pub(crate) fn record(&mut self, db: &Connection, lane: Lane, seq: u64) -> Sql<Option<Record>> {
         let queue = self.lane(lane);
-        if !queue.loaded_holds(seq) {
+        if queue.loaded(seq).is_none() {
             queue.load(db, lane, seq)?;
         }
-        if !queue.loaded_holds(seq) {
-            return Ok(None);
-        }
-        let Some(loaded) = &queue.loaded else { return Ok(None) };
+        let Some(loaded) = queue.loaded(seq) else { return Ok(None) };
         let entry = loaded.entries[(seq - loaded.first) as usize].clone();
         Ok(entry.map(|entry| {
             let left = entry.expires_after_s;
@@ -520,35 +433,6 @@ impl Outbox {
             self.mark_taken(lane, seq);
         }
         Ok(())
-    }
-
-    /// Unfinished QoS 1 records older than `seq`, marked as taken: sent before it, they keep the order.
-    pub(crate) fn older(
-        &mut self,
-        db: &Connection,
-        lane: Lane,
-        seq: u64,
-        boot: &Boot,
-        now: Stamp,
-    ) -> Sql<Vec<Record>> {
-        let mut older = Vec::new();
-        let mut passed = Vec::new();
-        while let Some(candidate) = self.candidate(db, lane)? {
-            if candidate >= seq || older.len() + passed.len() >= OLDER_MAX {
-                break;
-            }
-            let Some((entry, expires_s)) = self.readable(db, lane, candidate, boot, now)? else { continue };
-            let queue = self.lane(lane);
-            queue.pass(candidate);
-            if entry.qos == Qos::AtLeastOnce {
-                queue.taken.insert(candidate);
-                older.push(entry.into_record(lane, Seq(candidate), expires_s));
-            } else {
-                passed.push(candidate);
-            }
-        }
-        self.lane(lane).returned.extend(passed);
-        Ok(older)
     }
 
     /// Puts a taken record back into the queue, at its old place.
@@ -582,12 +466,13 @@ impl Outbox {
         let topic = self.record(db, lane, seq)?.map(|record| record.topic);
         let queue = self.lane(lane);
         queue.taken.remove(&seq);
+        let passed = queue.cursor_over(seq).next;
         match (hold, topic) {
             (Hold::Topic, Some(topic)) => {
                 let held = queue.held.entry(topic).or_default();
                 held.until_mono_ms = held.until_mono_ms.max(until_mono_ms);
                 held.trial = held.trial.filter(|trial| *trial != seq);
-                if seq < queue.cursor {
+                if seq < passed {
                     held.deferred.insert(seq);
                 }
             }
@@ -599,21 +484,6 @@ impl Outbox {
         Ok(())
     }
 
-    /// When the next hold ends, by the monotonic clock.
-    pub(crate) fn next_release(&self, now: Stamp) -> Option<u64> {
-        let holds = |lane: &LaneQueue| match lane.held_until_mono_ms {
-            // No topic is free before its lane is.
-            until if until > now.mono_ms => Some(until),
-            _ => lane.held.values().filter(|held| held.trial.is_none()).map(|held| held.until_mono_ms).min(),
-        };
-        self.lanes.iter().filter_map(holds).min()
-    }
-
-    /// Whether anything waits that is neither taken nor held.
-    pub(crate) fn has_waiting(&self) -> bool {
-        self.lanes.iter().any(|lane| !lane.returned.is_empty() || lane.cursor < lane.next_seq)
-    }
-
     /// Reads the first segment at or after a key, whole; the key to go on from, `None` at the end.
     pub(crate) fn read_through(db: &Connection, from: i64) -> Sql<Option<i64>> {
         db.prepare_cached("SELECT id, body FROM segment WHERE id >= ? ORDER BY id LIMIT 1")?
@@ -622,21 +492,6 @@ impl Outbox {
                 Ok(row.get::<_, i64>(0)? + 1)
             })
             .optional()
-    }
-
-    /// A lane that has been read to its end although it counts more messages than were found is damaged.
-    pub(crate) fn check_ends(&self) -> Sql<()> {
-        let missing = Lane::ALL.into_iter().find_map(|lane| {
-            let queue = &self.lanes[lane as usize];
-            let deferred: usize = queue.held.values().map(|held| held.deferred.len()).sum();
-            let found = (queue.taken.len() + queue.returned.len() + deferred) as u64;
-            let missing = queue.messages.saturating_sub(found);
-            (queue.cursor >= queue.next_seq && missing > 0).then_some((lane, missing))
-        });
-        match missing {
-            None => Ok(()),
-            Some((lane, missing)) => Err(lies(format!("{missing} messages of lane {lane} cannot be found"))),
-        }
     }
 
     /// Writes what the transaction changed: lane counters, done bits, drop counters.
@@ -719,14 +574,15 @@ impl Open {
 
 impl LaneQueue {
     fn pass(&mut self, seq: u64) {
-        if !self.returned.remove(&seq) && seq >= self.cursor {
-            self.cursor = seq + 1;
+        if !self.returned.remove(&seq) {
+            let cursor = self.cursor_over(seq);
+            cursor.next = cursor.next.max(seq + 1);
         }
     }
 
     /// Back into the queue. What the cursor has yet to pass, it will find by itself.
     fn put_back(&mut self, seq: u64) {
-        if seq < self.cursor {
+        if seq < self.cursor_over(seq).next {
             self.returned.insert(seq);
         }
     }
@@ -740,26 +596,22 @@ impl LaneQueue {
         self.held.retain(|_, held| held.trial.is_some() || held.until_mono_ms > now.mono_ms);
     }
 
-    /// A record is done: if it was a topic's trial, the others may follow.
-    fn leave_held(&mut self, seq: u64) {
-        for (_, held) in self.held.extract_if(|_, held| held.trial == Some(seq)) {
+    /// Records are done: nothing waits for them any more. If one was a topic's trial, the others may follow.
+    fn forget(&mut self, seqs: RangeInclusive<u64>) {
+        remove(&mut self.returned, &seqs);
+        for held in self.held.values_mut() {
+            remove(&mut held.deferred, &seqs);
+        }
+        let tried = |held: &Held| held.trial.is_some_and(|trial| seqs.contains(&trial));
+        for (_, held) in self.held.extract_if(|_, held| tried(held)) {
             self.returned.extend(held.deferred);
         }
-        for held in self.held.values_mut() {
-            held.deferred.remove(&seq);
-        }
-    }
-
-    fn loaded_holds(&self, seq: u64) -> bool {
-        self.loaded
-            .as_ref()
-            .is_some_and(|loaded| (loaded.first..loaded.first + loaded.entries.len() as u64).contains(&seq))
     }
 
     /// Decodes the segment that holds `seq`, or the first one after it.
     fn load(&mut self, db: &Connection, lane: Lane, seq: u64) -> Sql<bool> {
         let Some((first, count)) = find(db, lane, seq)? else {
-            self.loaded = None;
+            self.cursor_over(seq).loaded = None;
             return Ok(false);
         };
         let (kernel_boot, wall_ms, mono_ms, packing, body): (u32, i64, u64, i64, Vec<u8>) = db
@@ -773,7 +625,8 @@ impl LaneQueue {
             .ok_or_else(|| lies(format!("segment {first} of lane {lane} is there and is not")))?;
         self.open.entry(first).or_insert_with(|| Open::new(count, body.len() as u64, Vec::new()));
         let entries = segment::decode(lane, Seq(first), count as usize, wall_ms, packing, body);
-        self.loaded = Some(Loaded { first, entries, accepted: Stamp { wall_ms, mono_ms }, kernel_boot });
+        let accepted = Stamp { wall_ms, mono_ms };
+        self.cursor_over(seq).loaded = Some(Loaded { first, entries, accepted, kernel_boot });
         Ok(true)
     }
 
@@ -793,6 +646,12 @@ impl LaneQueue {
             .query_row([key(lane, first)], |row| row.get(0))?;
         self.open.insert(first, Open::new(count, bytes, Vec::new()));
         Ok(Some(first))
+    }
+}
+
+fn remove(from: &mut BTreeSet<u64>, seqs: &RangeInclusive<u64>) {
+    while let Some(seq) = from.range(seqs.clone()).next().copied() {
+        from.remove(&seq);
     }
 }
 
@@ -829,15 +688,4 @@ fn segment_length(entries: &[Entry]) -> usize {
         bytes <= SEGMENT_BYTES
     };
     entries.iter().take(segment::RECORDS_MAX as usize).take_while(fits).count().max(1)
-}
-
-/// `None`: expired. Otherwise how many seconds are left, if it expires at all. Where the time since
-/// acceptance cannot be known (another boot, an unset clock), nothing expires.
-fn time_left(expires_after_s: Option<u32>, loaded: &Loaded, boot: &Boot, now: Stamp) -> Option<Option<u32>> {
-    let Some(after_s) = expires_after_s else { return Some(None) };
-    let waited_s = boot.elapsed_ms(loaded.kernel_boot, loaded.accepted, now).unwrap_or(0) / 1000;
-    match u64::from(after_s).checked_sub(waited_s) {
-        None | Some(0) => None,
-        Some(left) => Some(Some(left as u32)),
-    }
 }

@@ -179,7 +179,7 @@ impl Carrier<'_> {
         self.walk(sql, &mut |row| carry_segment(db, row, &progress, &mut lanes, &mut newest))?;
         self.carry_meta(newest)?;
         self.carry_lanes(&lanes, damage)?;
-        for table in ["command", "dead_letter", "gap", "dropped"] {
+        for table in ["command", "dead_letter", "gap", "dropped", "retained_ahead", "budget"] {
             self.carry_rows(table)?;
         }
         let in_flight = self.old.query_row("SELECT count(*) FROM inflight", [], |row| row.get::<_, u64>(0));

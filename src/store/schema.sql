@@ -42,8 +42,17 @@ CREATE TABLE inflight (
     lane            INTEGER NOT NULL,
     seq             INTEGER NOT NULL,
     send_no         INTEGER NOT NULL,           -- order of sending, across lanes
-    state           INTEGER NOT NULL CHECK (state IN (1, 2, 3)) -- published, received, abandoned
+    state           INTEGER NOT NULL CHECK (state IN (1, 2, 3)), -- published, received, abandoned
+    retain          INTEGER                     -- the flag it was sent with; NULL: as the record says
 );
+
+-- The newest retained message of a topic that was sent before older ones of its lane (live first).
+CREATE TABLE retained_ahead (
+    lane            INTEGER NOT NULL,
+    topic           TEXT NOT NULL,
+    seq             INTEGER NOT NULL,
+    PRIMARY KEY (lane, topic)
+) WITHOUT ROWID;
 
 -- Whose session the rows above belong to, and what is known of it.
 CREATE TABLE session (
@@ -53,6 +62,15 @@ CREATE TABLE session (
     uncertain       INTEGER NOT NULL,           -- an "absent" may have been missed
     clean_start     INTEGER NOT NULL,           -- the broker's session must be discarded first
     canary          INTEGER NOT NULL            -- the canary's echo has been seen
+);
+
+-- What is used of the byte budget; empty where there never was one.
+CREATE TABLE budget (
+    one             INTEGER PRIMARY KEY CHECK (one = 1),
+    per             TEXT NOT NULL,              -- day or month
+    period          INTEGER,                    -- which one since the year 0 or 1970; NULL: by running time
+    used            INTEGER NOT NULL,           -- bytes
+    ran_ms          INTEGER NOT NULL            -- running time in it
 );
 
 -- Inbound QoS 2 messages that are recorded and wait for PUBREL.

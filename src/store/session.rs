@@ -23,6 +23,8 @@ struct Row {
     seq: u64,
     send_no: u64,
     state: RowState,
+    /// The flag it was sent with; `None` in rows of schema 1.
+    retain: Option<bool>,
 }
 
 /// What the settled changes amounted to, for the counters.
@@ -57,7 +59,7 @@ fn row_state(number: i64) -> RowState {
 
 impl SessionTable {
     pub(crate) fn load(db: &Connection, outbox: &mut Outbox) -> Sql<Self> {
-        let mut statement = db.prepare("SELECT pkid, lane, seq, send_no, state FROM inflight")?;
+        let mut statement = db.prepare("SELECT pkid, lane, seq, send_no, state, retain FROM inflight")?;
         let mut rows = BTreeMap::new();
         let mut found = statement.query([])?;
         while let Some(row) = found.next()? {
@@ -67,7 +69,7 @@ impl SessionTable {
             if state != RowState::Abandoned {
                 outbox.mark_taken(lane, seq);
             }
-            rows.insert(row.get(0)?, Row { lane, seq, send_no, state });
+            rows.insert(row.get(0)?, Row { lane, seq, send_no, state, retain: row.get(5)? });
         }
         let next_send_no = rows.values().map(|row| row.send_no).max().unwrap_or(0) + 1;
         Ok(SessionTable { rows, next_send_no, fresh: true })
@@ -142,6 +144,9 @@ impl SessionTable {
                     resume.extend(older.into_iter().map(Resume::Older));
                 }
                 record = outbox.record(db, row.lane, row.seq)?;
+                if let (Some(record), Some(retain)) = (&mut record, row.retain) {
+                    record.retain = retain;
+                }
                 if record.is_none() {
                     // The bytes are damaged: they cannot be sent again, but the broker may hold the id.
                     self.abandon(db, outbox, id)?;
@@ -233,7 +238,7 @@ impl SessionTable {
         }
     }
 
-    /// Hands out waiting messages, alarms first, and writes the rows of the QoS 2 ones.
+    /// Hands out waiting messages, alarms first (live ones before that, if so asked), and writes the rows of the QoS 2 ones.
     pub(crate) fn take(
         &mut self,
         db: &Connection,
@@ -246,9 +251,9 @@ impl SessionTable {
         let mut bytes_left = offer.max_bytes;
         let mut ids = offer.ids.iter().copied();
         let mut next_id = ids.next();
-        'lanes: for lane in Lane::ALL {
+        'turns: for turn in outbox.turns() {
             while let Some(id) = next_id.filter(|_| bytes_left > 0) {
-                let Some(record) = outbox.take(db, lane, boot, now)? else { continue 'lanes };
+                let Some(record) = outbox.take(db, *turn, boot, now)? else { continue 'turns };
                 let bytes = record_bytes(&record);
                 if offer.max_publish_bytes.is_some_and(|max| bytes > max as usize) {
                     let (lane, seq) = (record.lane, record.seq);
@@ -259,11 +264,12 @@ impl SessionTable {
                 if qos == Qos::ExactlyOnce {
                     if qos2_room == 0 {
                         outbox.give_back(record.lane, record.seq.0);
-                        break 'lanes;
+                        break 'turns;
                     }
                     qos2_room -= 1;
                     self.insert(db, id, &record)?;
                 }
+                outbox.pay(&record, now);
                 bytes_left = bytes_left.saturating_sub(record.payload.len());
                 taken.push(Taken { id, send_no: self.next_send_no, qos, record });
                 self.next_send_no += 1;
@@ -286,10 +292,11 @@ impl SessionTable {
             seq: record.seq.0,
             send_no: self.next_send_no,
             state: RowState::Published,
+            retain: Some(record.retain),
         };
         self.rows.insert(id.get(), row);
-        db.prepare_cached("INSERT INTO inflight VALUES (?, ?, ?, ?, 1)")?
-            .execute(params![id.get(), row.lane as i64, row.seq, row.send_no])
+        db.prepare_cached("INSERT INTO inflight VALUES (?, ?, ?, ?, 1, ?)")?
+            .execute(params![id.get(), row.lane as i64, row.seq, row.send_no, row.retain])
             .map(drop)
     }
 

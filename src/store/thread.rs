@@ -47,6 +47,30 @@ pub enum NotAccepted {
         /// Bytes in use.
         used: u64,
     },
+    /// A limit of the lane is reached and the policy is to reject, or everything older is in flight.
+    #[error(
+        "lane {lane} is full: {used} of {max}; raise {limit} of [store.lane.{lane}] or wait for the link"
+    )]
+    LaneFull {
+        /// The lane.
+        lane: Lane,
+        /// The setting.
+        limit: &'static str,
+        /// Its value.
+        max: u64,
+        /// Bytes or messages in the lane.
+        used: u64,
+    },
+    /// The disk has less free space than was asked for.
+    #[error(
+        "the disk is nearly full: {free} bytes are free, [store] min_free_disk wants {wanted}; make space on it"
+    )]
+    DiskLow {
+        /// Free bytes of the file system.
+        free: u64,
+        /// `min_free_disk`.
+        wanted: u64,
+    },
     /// A payload above the limit.
     #[error("a payload of {bytes} bytes is larger than the {max} that are allowed")]
     TooLarge {
@@ -340,6 +364,7 @@ pub fn spawn(store: Store, stats: Arc<Stats>) -> io::Result<(Handle, JoinHandle<
         turned: None,
         failed: false,
         checking: true,
+        link_bytes: 0,
     };
     let thread = std::thread::Builder::new()
         .name("store".into())
@@ -366,6 +391,8 @@ struct Worker {
     failed: bool,
     /// The check behind the start goes on.
     checking: bool,
+    /// Bytes of the broker's connections that the store has been told of.
+    link_bytes: u64,
 }
 
 impl Worker {
@@ -391,6 +418,7 @@ impl Worker {
                 self.commit();
             }
         }
+        self.count_link_bytes();
         self.store.close();
         if let Some(reply) = closing {
             let _gone = reply.send(());
@@ -459,6 +487,7 @@ impl Worker {
                 let _gone = reply.send(disowned.map_err(Arc::new));
             }
             Request::Look(reply) => {
+                self.count_link_bytes();
                 let _gone = reply.send(self.store.look(clock::now()).map_err(Arc::new));
             }
             Request::Browse(ask, reply) => {
@@ -504,6 +533,13 @@ impl Worker {
         }
     }
 
+    /// What has moved since this was last asked counts against the budget.
+    fn count_link_bytes(&mut self) {
+        let moved = self.stats.link_bytes_sent.get() + self.stats.link_bytes_received.get();
+        self.store.count_link_bytes(moved - self.link_bytes, clock::now());
+        self.link_bytes = moved;
+    }
+
     fn check(&mut self) {
         match self.store.check_next() {
             Ok(more) => self.checking = more,
@@ -541,6 +577,7 @@ impl Worker {
         if appends.is_empty() && changes.is_none() && steps.is_empty() && self.offer.is_none() {
             return;
         }
+        self.count_link_bytes();
         let batch = Batch {
             appends,
             changes: changes.as_ref().map(|(_, changes)| changes.clone()).unwrap_or_default(),
@@ -582,6 +619,8 @@ impl Worker {
         self.stats.messages_delivered.add(committed.settled.delivered);
         self.stats.possibly_doubled.add(committed.settled.possibly_doubled);
         self.stats.possibly_lost.add(committed.settled.possibly_lost);
+        self.stats.retain_cleared.add(committed.unretained.overtaken);
+        self.stats.retain_cleared_unknown.add(committed.unretained.unknown);
         let offered = if committed.taken.is_empty() { None } else { self.offer.take() };
         let connection = changed.or(offered.as_ref().map(|(connection, _)| *connection));
         if let Some(connection) = connection {

@@ -429,6 +429,7 @@ impl Uplink {
             tls: tls.as_ref(),
             timeout: settings.connect_timeout,
             user_timeout: USER_TIMEOUT,
+            stats: &self.stats,
         };
         let mut stop = self.stop.clone();
         let stream = tokio::select! {

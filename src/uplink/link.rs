@@ -6,6 +6,7 @@
 //! Invariants: no method loses a byte when its future is dropped; memory stays bounded whatever the broker
 //! announces; every write either progresses or fails after [`WRITE_STALL`].
 
+mod metered;
 mod open;
 mod v4;
 mod v5;
@@ -27,6 +28,7 @@ use super::tls;
 use crate::message::{PacketId, Qos};
 use wire::{Decoded, FIELD_MAX, Incoming, Piece, REMAINING_MAX};
 
+pub use metered::Metered;
 pub use open::{ConnectError, Endpoint, Stage, Stream, open};
 pub use wire::Malformed;
 

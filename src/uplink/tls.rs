@@ -12,9 +12,10 @@ use std::sync::Arc;
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::{AlertDescription, CertificateError, ClientConfig, Error, RootCertStore};
-use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
+
+use crate::uplink::link::Metered;
 
 /// Encrypted bytes rustls may hold unsent. Small, for the same reason as the kernel's limit in `link`: what
 /// hides there makes a stalled link look alive.
@@ -129,7 +130,7 @@ impl Client {
     }
 
     /// The handshake over a connected socket.
-    pub(super) async fn connect(&self, tcp: TcpStream) -> io::Result<TlsStream<TcpStream>> {
+    pub(super) async fn connect(&self, tcp: Metered) -> io::Result<TlsStream<Metered>> {
         TlsConnector::from(self.config.clone())
             .connect_with(self.name.clone(), tcp, |session| session.set_buffer_limit(Some(TLS_BUFFER)))
             .await

@@ -6,6 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use fastrand::Rng;
 use fieldpost::message::{Lane, Message, Payload, Qos, Topic};
+use fieldpost::store::ReplayOrder;
 use fieldpost::uplink::packet::Protocol;
 use fieldpost::uplink::session::Counted;
 
@@ -272,22 +273,29 @@ fn commands(world: &World) -> Result<(), String> {
     Ok(())
 }
 
-/// First arrivals on each topic (one lane and one QoS each) come in the order of acceptance. What was in flight
-/// may overtake a refused message, so topics of which one was refused are judged by the direct tests.
+/// First arrivals on each topic (one lane and one QoS each) come in the order of acceptance; with live first, a
+/// message may overtake what was accepted before the connection began to take on which it was handed out, and
+/// nothing else. What was in flight may overtake a refused message, so topics of which one was refused are judged by
+/// the direct tests.
 fn in_order(world: &World) -> Result<(), String> {
+    let live_first = world.plan.replay.order == ReplayOrder::LiveFirst;
     let refused: BTreeSet<&str> = world.broker.log.refused.iter().map(|refused| &*refused.topic).collect();
     let mut seen: BTreeSet<&Bytes> = BTreeSet::new();
-    let mut last: BTreeMap<&str, u64> = BTreeMap::new();
+    let mut before: BTreeMap<&str, Vec<(u64, &Bytes)>> = BTreeMap::new();
     for (topic, payload) in world.handed_on() {
         if !seen.insert(payload) || refused.contains(topic) {
             continue;
         }
         let number = number(payload);
-        if let Some(last) = last.insert(topic, number)
-            && number < last
-        {
-            return Err(format!("ORDER: {number} after {last} on {topic}"));
+        let before = before.entry(topic).or_default();
+        for (earlier, payload) in before.iter().filter(|(earlier, _)| *earlier > number) {
+            let live_from = world.handed_out.get(*payload).into_iter().flatten();
+            let was_live = live_from.into_iter().any(|from| number < *from && from <= earlier);
+            if !live_first || !was_live {
+                return Err(format!("ORDER: {number} after {earlier} on {topic}"));
+            }
         }
+        before.push((number, payload));
     }
     Ok(())
 }

@@ -13,13 +13,12 @@ use std::path::PathBuf;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
-use std::time::Duration;
 
 use bytes::Bytes;
 use fastrand::Rng;
 use fieldpost::clock::Stamp;
 use fieldpost::message::{Lane, Message, PacketId, Payload, Qos, Seq, Topic};
-use fieldpost::store::{self, Append, Batch, Store, WhenFull};
+use fieldpost::store::{self, Append, Batch, Store};
 use fieldpost::turn::{Begin, Change, Offer, OnSessionLoss, Taken};
 use fieldpost::uplink::link::{Link, LinkError};
 use fieldpost::uplink::packet::{Connect, Packet, Protocol, Publish, ReasonCode, Subscription};
@@ -28,6 +27,7 @@ use futures_util::FutureExt;
 use tempfile::TempDir;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use crate::random::number;
 use crate::support::broker::{self, Broker, ConnId, Output};
 
 pub const CLIENT: &str = "box";
@@ -107,6 +107,7 @@ pub struct Plan {
     pub settings: Settings,
     pub sabotage: Sabotage,
     pub quota: u64,
+    pub replay: store::Replay,
     pub limits: broker::Limits,
 }
 
@@ -117,6 +118,7 @@ impl Plan {
             settings: settings(protocol),
             sabotage: Sabotage::No,
             quota: 64 << 20,
+            replay: store::Replay::default(),
             limits: broker::Limits::default(),
         }
     }
@@ -219,6 +221,10 @@ pub struct World {
     pub may_double: BTreeSet<Bytes>,
     /// Payloads that are lost without anybody being able to tell.
     pub may_be_lost: BTreeSet<Bytes>,
+    /// The first number accepted since this connection began to take.
+    live_from: Option<u64>,
+    /// For each payload, what was live where when it was handed out.
+    pub handed_out: BTreeMap<Bytes, BTreeSet<u64>>,
 }
 
 impl World {
@@ -261,6 +267,8 @@ impl World {
             keep_trace: false,
             may_double: BTreeSet::new(),
             may_be_lost: BTreeSet::new(),
+            live_from: None,
+            handed_out: BTreeMap::new(),
             plan,
         };
         world.open();
@@ -269,13 +277,8 @@ impl World {
     }
 
     fn open(&mut self) {
-        let settings = store::Settings {
-            path: self.path.clone(),
-            quota: self.plan.quota,
-            when_full: WhenFull::DropOldest,
-            commit_interval: [Duration::ZERO; 3],
-            faults: store::Faults::default(),
-        };
+        let (quota, replay) = (self.plan.quota, self.plan.replay);
+        let settings = store::Settings { quota, replay, ..store::Settings::new(self.path.clone()) };
         self.store = Some(Store::open(settings).unwrap());
     }
 
@@ -396,6 +399,10 @@ impl World {
         }
         self.note(|| format!("commit {list:?} offer {}", offer.is_some()));
         let now = self.now;
+        if offer.is_some() && self.live_from.is_none() {
+            let new = messages.iter().flatten().map(|m| number(&m.payload.clone().unnumbered()));
+            self.live_from = Some(new.min().unwrap_or(self.next_number + 1));
+        }
         let batch = Batch { appends, changes: list.clone(), offer, ..Batch::default() };
         let committed = match self.store().commit(batch, now) {
             Ok(committed) => committed,
@@ -426,6 +433,10 @@ impl World {
         self.possibly_doubled += committed.settled.possibly_doubled;
         self.possibly_lost += committed.settled.possibly_lost;
         list.iter().filter(|change| !is_refused(change, &committed.refused)).for_each(|c| self.committed(c));
+        for taken in &committed.taken {
+            let payload = taken.record.payload.clone();
+            self.handed_out.entry(payload).or_default().extend(self.live_from);
+        }
         for taken in committed.taken.iter().filter(|taken| taken.qos == Qos::ExactlyOnce) {
             self.rows.insert(taken.id.get(), (taken.record.payload.clone(), false));
         }
@@ -510,6 +521,7 @@ impl World {
         self.offer = None;
         self.failed = false;
         self.verdict = false;
+        self.live_from = None;
         self.answers.clear();
         let carry = std::mem::take(&mut self.carry);
         let (now, policy) = (self.now, self.plan.settings.on_session_loss);

@@ -46,7 +46,14 @@ impl Asker {
     /// Connects to a port of 127.0.0.1 and subscribes at QoS 2. Panics if the broker does not let it.
     pub async fn start(port: u16, filters: &[&str]) -> Asker {
         let timeout = Duration::from_secs(10);
-        let endpoint = Endpoint { host: "127.0.0.1", port, tls: None, timeout, user_timeout: timeout };
+        let endpoint = Endpoint {
+            host: "127.0.0.1",
+            port,
+            tls: None,
+            timeout,
+            user_timeout: timeout,
+            stats: &std::sync::Arc::default(),
+        };
         let mut link = Link::new(open(&endpoint).await.unwrap(), Protocol::V5, 1 << 20);
         let connect = Connect {
             client_id: "asker".into(),

@@ -5,6 +5,7 @@
 use std::fmt::{self, Write as _};
 use std::io;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use socket2::{SockRef, TcpKeepalive};
@@ -13,10 +14,12 @@ use tokio::time::{Instant, timeout_at};
 use tokio_rustls::client::TlsStream;
 use tokio_util::either::Either;
 
+use super::metered::Metered;
+use crate::stats::Stats;
 use crate::uplink::tls;
 
 /// The stream to a broker: TCP, or TLS over it.
-pub type Stream = Either<TcpStream, Box<TlsStream<TcpStream>>>;
+pub type Stream = Either<Metered, Box<TlsStream<Metered>>>;
 
 /// TCP probes an idle connection after this long; MQTT's own Keep Alive usually speaks first.
 const KEEP_ALIVE_AFTER: Duration = Duration::from_secs(120);
@@ -39,6 +42,8 @@ pub struct Endpoint<'a> {
     pub timeout: Duration,
     /// TCP_USER_TIMEOUT: how long sent bytes may stay unacknowledged before the kernel ends the connection.
     pub user_timeout: Duration,
+    /// Where the bytes are counted.
+    pub stats: &'a Arc<Stats>,
 }
 
 /// What was being done.
@@ -139,6 +144,7 @@ fn list(host: &str, attempts: &[(SocketAddr, io::Error)]) -> String {
 pub async fn open(endpoint: &Endpoint<'_>) -> Result<Stream, ConnectError> {
     let deadline = Instant::now() + endpoint.timeout;
     let (tcp, address) = connect(endpoint, &resolve(endpoint, deadline).await?, deadline).await?;
+    let tcp = Metered::new(tcp, Arc::clone(endpoint.stats));
     match endpoint.tls {
         None => Ok(Either::Left(tcp)),
         Some(client) => handshake(endpoint, client, tcp, address, deadline).await,
@@ -195,7 +201,7 @@ fn prepare(tcp: TcpStream, user_timeout: Duration) -> io::Result<TcpStream> {
 async fn handshake(
     endpoint: &Endpoint<'_>,
     client: &tls::Client,
-    tcp: TcpStream,
+    tcp: Metered,
     address: SocketAddr,
     deadline: Instant,
 ) -> Result<Stream, ConnectError> {
