@@ -137,6 +137,9 @@ pub async fn run_dry(config: Config, readings: mpsc::Sender<Reading>) -> Result<
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    /// Handled, or the first write beyond a limit on file sizes (`ulimit -f`) would end the process. So it is an
+    /// error of that write.
+    _file_size: Signal,
 }
 
 impl Signals {
@@ -144,6 +147,7 @@ impl Signals {
         Ok(Signals {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
+            _file_size: signal(SignalKind::from_raw(rustix::process::Signal::XFSZ.as_raw()))?,
         })
     }
 

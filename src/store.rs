@@ -22,9 +22,10 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
-use crate::clock::Stamp;
+use crate::clock::{self, Stamp};
 use crate::command::{CommandStep, Recorded, Stepped};
 use crate::message::{Lane, Message, PacketId, Seq};
 use crate::turn::{Begin, Change, Offer, OnSessionLoss, Taken};
@@ -39,6 +40,8 @@ pub use thread::{Accepted, HandedIn, Handle, NotAccepted, Turn, Turned, spawn};
 
 /// A file kept full of nothing, given up when the disk is full: even DELETE needs space.
 const RESERVE_BYTES: u64 = 4 << 20;
+/// How often a full disk is asked for space, in ms.
+const LOOK_FOR_SPACE_MS: u64 = 1_000;
 /// Bytes of one message's payload, at most.
 pub const PAYLOAD_MAX_BYTES: usize = 1 << 20;
 
@@ -195,6 +198,15 @@ pub enum StoreError {
         /// The database file.
         path: PathBuf,
     },
+    /// The file system takes no writes.
+    #[error(
+        "the file system that holds {path} is read-only: nothing can be stored until it can be written again; \
+         a card that fails often ends so, look at `dmesg`"
+    )]
+    ReadOnly {
+        /// The database file.
+        path: PathBuf,
+    },
     /// It could not be opened again after a failure.
     #[error("the database {path} cannot be opened again since it failed: {why}")]
     Gone {
@@ -202,6 +214,17 @@ pub enum StoreError {
         path: PathBuf,
         /// The failure.
         why: String,
+    },
+    /// Reading, writing or syncing failed.
+    #[error(
+        "the disk that holds {path} fails: {source}; look at `dmesg` (a card may be dying) and at limits on file \
+         sizes (`ulimit -f`)"
+    )]
+    Io {
+        /// The database file.
+        path: PathBuf,
+        /// SQLite's reason.
+        source: rusqlite::Error,
     },
     /// SQLite refused.
     #[error("the database {path} failed: {source}")]
@@ -336,6 +359,9 @@ pub struct Store {
     trouble: Option<String>,
     /// Outlives a database that is replaced: numbers must not repeat in one run.
     newest_command: u64,
+    /// The reserve was given up: nothing is accepted until it can be made again, so that what the session does
+    /// has the space. Holds when that was last tried (monotonic ms).
+    disk_full: Option<u64>,
     /// Where the check behind the start goes on; `None` when it is done.
     check_from: Option<i64>,
 }
@@ -347,19 +373,30 @@ impl Store {
     /// # Errors
     /// [`StoreError`]; the file is not touched when it is newer or in use.
     pub fn open(settings: Settings) -> Result<Self, StoreError> {
-        let (database, damage) = open_or_start_over(&settings)?;
-        keep_reserve(&settings.path);
+        let opened = match open_or_start_over(&settings) {
+            Err(StoreError::DiskFull { .. }) => {
+                give_up_reserve(&settings.path);
+                open_or_start_over(&settings)
+            }
+            opened => opened,
+        };
+        let (database, damage) = opened?;
         let boot = database.boot().clone();
         let newest_command = database.newest_command();
-        Ok(Store {
+        let mut store = Store {
             settings,
             database: Some(database),
             boot,
             damage,
             trouble: None,
             newest_command,
+            disk_full: None,
             check_from: Some(0),
-        })
+        };
+        if !keep_reserve(&store.settings.path) {
+            store.disk_is_full();
+        }
+        Ok(store)
     }
 
     /// Opens the database of an agent that is not running, to look at the queue or to do what people ask. No start
@@ -373,8 +410,16 @@ impl Store {
         let database = Database::visit(&settings)?;
         let boot = database.boot().clone();
         let database = Some(database);
-        let (damage, trouble, newest_command, check_from) = (None, None, 0, None);
-        Ok(Store { settings, database, boot, damage, trouble, newest_command, check_from })
+        Ok(Store {
+            settings,
+            database,
+            boot,
+            damage: None,
+            trouble: None,
+            newest_command: 0,
+            disk_full: None,
+            check_from: None,
+        })
     }
 
     /// What people ask of the queue.
@@ -394,12 +439,49 @@ impl Store {
         &self.boot
     }
 
-    /// Does everything in one transaction; when this returns, it is on the disk.
+    /// Does everything in one transaction; when this returns, it is on the disk. On a full disk the appends alone
+    /// are refused, and the session goes on: what it finishes makes room.
     ///
     /// # Errors
     /// Nothing was done; everything in memory has been read from disk again.
     pub fn commit(&mut self, batch: Batch, now: Stamp) -> Result<Committed, StoreError> {
-        self.transaction(|database| database.apply(batch, now))
+        let mut rest = batch;
+        let appends = std::mem::take(&mut rest.appends);
+        let asked = appends.len();
+        self.look_for_space(now);
+        if self.disk_full.is_none() {
+            let before = self.database.as_ref().map(|database| (database.boot().clone(), database.place()));
+            let committed = self.transaction(|database| database.apply(appends, &rest, now));
+            if !matches!(committed, Err(StoreError::DiskFull { .. })) {
+                return committed;
+            }
+            // Opening it again counts a start; then it is not the same place any more.
+            match (&mut self.database, before) {
+                (Some(database), Some((boot, place))) if *database.boot() == boot => database.restore(place),
+                _ => return committed,
+            }
+        }
+        let mut committed = match rest.changes.is_empty() && rest.steps.is_empty() && rest.offer.is_none() {
+            true => Committed::default(),
+            false => self.transaction(|database| database.apply(Vec::new(), &rest, now))?,
+        };
+        let full = Arc::new(StoreError::DiskFull { path: self.settings.path.clone() });
+        committed.appends = vec![Err(NotAccepted::Failed(full)); asked];
+        Ok(committed)
+    }
+
+    /// On a full disk, once a second: whether there is space for the reserve again, and so for messages.
+    pub fn look_for_space(&mut self, now: Stamp) {
+        let Some(looked_ms) = self.disk_full else { return };
+        if now.mono_ms.saturating_sub(looked_ms) < LOOK_FOR_SPACE_MS {
+            return;
+        }
+        self.disk_full = Some(now.mono_ms);
+        if keep_reserve(&self.settings.path) {
+            self.disk_full = None;
+            self.trouble = None;
+            tracing::info!("there is space on the disk again: messages are accepted");
+        }
     }
 
     /// What a new connection starts from: the owner is recorded, and whether "session present" can still
@@ -521,9 +603,8 @@ impl Store {
             Ok(done) => {
                 self.boot = database.boot().clone();
                 self.newest_command = database.newest_command();
-                if self.trouble.take().is_some() {
+                if self.disk_full.is_none() && self.trouble.take().is_some() {
                     tracing::info!("the database takes messages again");
-                    keep_reserve(&self.settings.path);
                 }
                 Ok(done)
             }
@@ -540,9 +621,16 @@ impl Store {
         self.trouble = Some(error.to_string());
         if matches!(error, StoreError::DiskFull { .. }) {
             give_up_reserve(&self.settings.path);
+            self.disk_is_full();
         }
         let in_place = !io_failed && !matches!(error, StoreError::Damaged { .. });
         let reloaded = in_place && self.database.as_mut().is_some_and(|database| database.reload().is_ok());
+        if let (true, StoreError::DiskFull { .. }, Some(database)) = (reloaded, &error, &self.database) {
+            // While there is space: what the database grows by, before somebody else takes it.
+            if let Err(error) = database.keep_log_space() {
+                tracing::warn!(%error, "the log could not be moved into the database on the full disk");
+            }
+        }
         if !reloaded {
             // Closed before it is opened again: SQLite removes the log by its name when it closes.
             self.database = None;
@@ -555,6 +643,14 @@ impl Store {
             }
         }
         error
+    }
+
+    fn disk_is_full(&mut self) {
+        if self.disk_full.is_none() {
+            tracing::error!("the disk is full: nothing is accepted, what is queued is sent");
+        }
+        self.disk_full = Some(clock::now().mono_ms);
+        self.trouble = Some(StoreError::DiskFull { path: self.settings.path.clone() }.to_string());
     }
 
     fn open_again(&mut self) -> Result<(), StoreError> {
@@ -618,7 +714,10 @@ fn start_over(settings: &Settings, what: String) -> Result<(Database, Damage), S
 
 /// The folder (0750) and the file (0600), before SQLite makes them with other modes.
 fn prepare_files(path: &Path) -> Result<(), StoreError> {
-    let fail = |path: &Path, source| StoreError::Open { path: path.to_owned(), source };
+    let fail = |path: &Path, source: io::Error| match source.kind() {
+        io::ErrorKind::ReadOnlyFilesystem => StoreError::ReadOnly { path: path.to_owned() },
+        _ => StoreError::Open { path: path.to_owned(), source },
+    };
     if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
         fs::DirBuilder::new().recursive(true).mode(0o750).create(folder).map_err(|e| fail(folder, e))?;
     }
@@ -642,26 +741,47 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     path.with_file_name(name)
 }
 
-/// Keeps the reserve file filled; without it the agent still runs, so a failure is only logged.
-fn keep_reserve(path: &Path) {
+/// Keeps the reserve file filled. `false`: there is no space for it. Where the file system cannot keep space for a
+/// file, the agent runs without, so that is only logged.
+fn keep_reserve(path: &Path) -> bool {
     let reserve = reserve_path(path);
     let fill = || -> io::Result<()> {
         let file =
             fs::OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&reserve)?;
         if file.metadata()?.len() < RESERVE_BYTES {
-            rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, RESERVE_BYTES)?;
+            let whole = rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, RESERVE_BYTES);
+            // What it got of it is better used by the queue.
+            whole.inspect_err(|_| drop(file.set_len(0)))?;
         }
         Ok(())
     };
-    if let Err(error) = fill() {
-        tracing::warn!(%error, file = %reserve.display(), "no reserve for a full disk could be kept");
+    match fill() {
+        Ok(()) => true,
+        Err(error) if error.kind() == io::ErrorKind::StorageFull => false,
+        Err(error) => {
+            tracing::warn!(%error, file = %reserve.display(), "no reserve for a full disk could be kept");
+            true
+        }
     }
 }
 
+/// Its name stays: it says that there was a database here.
 fn give_up_reserve(path: &Path) {
-    match fs::remove_file(reserve_path(path)) {
+    let reserve = reserve_path(path);
+    if fs::metadata(&reserve).is_ok_and(|file| file.len() == 0) {
+        return;
+    }
+    match fs::OpenOptions::new().write(true).open(reserve).and_then(|file| file.set_len(0)) {
         Ok(()) => tracing::warn!("the disk is full: the reserve was given up so that the queue can drain"),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => tracing::warn!(%error, "the reserve could not be given up"),
     }
+}
+
+/// Whether the file system takes no writes. Asked of the reserve: to close another handle of the database itself
+/// would give up its lock.
+fn is_read_only(path: &Path) -> bool {
+    let opened =
+        fs::OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(reserve_path(path));
+    opened.is_err_and(|error| error.kind() == io::ErrorKind::ReadOnlyFilesystem)
 }

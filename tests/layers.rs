@@ -242,7 +242,7 @@ const PLACES: &[(&str, &[&str])] = &[
     ("lz4_flex", &["store/segment"]),
     ("rumqttc", &["uplink/link*"]),
     ("rusqlite", &["store*"]),
-    ("rustix", &["clock", "cli*", "config*", "control", "health", "store*"]),
+    ("rustix", &["agent", "clock", "cli*", "config*", "control", "health", "store*"]),
     ("rustls", &["uplink/link*", "uplink/tls"]),
     ("rustls_native_certs", &["uplink/tls"]),
     // Inner types are not `Serialize`: what is written for others to read is a contract, and has its file.

@@ -12,11 +12,11 @@ use rusqlite::{Connection, ErrorCode, OptionalExtension, params};
 use super::browse::{self, Ask, Found};
 use super::budget::{Budget, Used};
 use super::inbox::Inbox;
-use super::outbox::{DiskLow, Limits, Outbox};
-use super::session::SessionTable;
+use super::outbox::{self, DiskLow, Limits, Outbox};
+use super::session::{self, SessionTable};
 use super::{
     Append, Batch, Boot, Committed, Damage, Gap, Look, NotAccepted, PAYLOAD_MAX_BYTES, Settings, Settled,
-    StoreError, with_suffix,
+    StoreError, is_read_only, with_suffix,
 };
 use crate::clock::Stamp;
 use crate::command::{CommandStep, Recorded, Stepped};
@@ -63,6 +63,13 @@ pub(super) struct Database {
 struct FreeDisk {
     looked_mono_ms: Option<u64>,
     bytes: u64,
+}
+
+/// What memory knows of the queue and the session and the tables do not.
+#[derive(Debug)]
+pub(super) struct Place {
+    outbox: [outbox::Place; 3],
+    session: session::Place,
 }
 
 impl Database {
@@ -230,6 +237,11 @@ impl Database {
             .map(drop)
     }
 
+    /// Moves the write-ahead log into the database and begins it anew, its file as large as it is.
+    pub(super) fn keep_log_space(&self) -> Sql<()> {
+        self.db.execute_batch("PRAGMA wal_checkpoint(RESTART)")
+    }
+
     /// Moves the write-ahead log into the database and closes it.
     pub(super) fn close(mut self) -> Sql<()> {
         let used = self.budget.as_mut().map(Budget::take_all);
@@ -275,6 +287,18 @@ impl Database {
         self.outbox.keep_pace(pace);
         self.budget.iter_mut().for_each(Budget::distrust_saved);
         Ok(())
+    }
+
+    /// What only memory knows: see [`Database::restore`].
+    pub(super) fn place(&self) -> Place {
+        Place { outbox: self.outbox.place(), session: self.session.place() }
+    }
+
+    /// After [`Database::reload`]: what the session holds is still in its hands, as before the transaction that
+    /// failed.
+    pub(super) fn restore(&mut self, place: Place) {
+        self.outbox.restore(place.outbox);
+        self.session.restore(place.session);
     }
 
     /// See [`super::Store::begin`].
@@ -328,11 +352,11 @@ impl Database {
         Inbox::interrupted(&self.db, &self.boot, now)
     }
 
-    /// Everything one transaction does.
-    pub(super) fn apply(&mut self, batch: Batch, now: Stamp) -> Sql<Committed> {
+    /// Everything one transaction does: these appends, and what else the batch asks for.
+    pub(super) fn apply(&mut self, appends: Vec<Append>, rest: &Batch, now: Stamp) -> Sql<Committed> {
         let mut committed = Committed::default();
         let when = (&self.boot, now);
-        for change in &batch.changes {
+        for change in &rest.changes {
             let recorded = match change {
                 Change::Inbound { inbound, .. } | Change::InboundOpened { inbound, .. } => {
                     self.inbox.record(&self.db, inbound, &self.boot, now)?
@@ -348,19 +372,19 @@ impl Database {
             }
         }
         self.outbox.drop_aged(&self.db, &self.boot, now)?;
-        if batch.offer.is_some() {
+        if rest.offer.is_some() {
             self.outbox.go_live(&self.db)?;
             self.outbox.hold_back(self.held_back(now));
         }
-        for step in batch.steps {
-            let stepped = self.step(step, now)?;
+        for step in &rest.steps {
+            let stepped = self.step(step.clone(), now)?;
             committed.steps.push(stepped);
         }
-        for append in batch.appends {
+        for append in appends {
             let accepted = self.accept(append, now)?;
             committed.appends.push(accepted);
         }
-        if let Some(offer) = &batch.offer {
+        if let Some(offer) = &rest.offer {
             committed.taken = self.session.take(&self.db, &mut self.outbox, offer, (&self.boot, now))?;
             self.outbox.check_ends()?;
             committed.unretained = self.outbox.take_unretained();
@@ -622,7 +646,10 @@ fn unreadable(path: &Path, source: rusqlite::Error) -> StoreError {
 
 /// Reading, writing or syncing failed: what the system's cache holds may not be what the disk holds.
 pub(super) fn is_io_failure(source: &rusqlite::Error) -> bool {
-    matches!(source.sqlite_error_code(), Some(ErrorCode::SystemIoFailure | ErrorCode::CannotOpen))
+    matches!(
+        source.sqlite_error_code(),
+        Some(ErrorCode::SystemIoFailure | ErrorCode::CannotOpen | ErrorCode::ReadOnly)
+    )
 }
 
 pub(super) fn sqlite_error(path: &Path, source: rusqlite::Error) -> StoreError {
@@ -630,6 +657,8 @@ pub(super) fn sqlite_error(path: &Path, source: rusqlite::Error) -> StoreError {
     match source.sqlite_error_code() {
         Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => StoreError::InUse { path },
         Some(ErrorCode::DiskFull) => StoreError::DiskFull { path },
+        _ if is_io_failure(&source) && is_read_only(&path) => StoreError::ReadOnly { path },
+        _ if is_io_failure(&source) => StoreError::Io { path, source },
         Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt) => {
             StoreError::Damaged { path, what: source.to_string() }
         }

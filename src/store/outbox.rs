@@ -105,7 +105,7 @@ impl Loaded {
 }
 
 /// A topic of which the broker refused a message for now.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 struct Held {
     until_mono_ms: u64,
     /// Passed by a cursor, to be taken after the hold.
@@ -148,6 +148,18 @@ struct LaneQueue {
     /// Every record below was looked at by `max_age`, and is done, dropped or taken.
     aged_to: u64,
     changed: bool,
+}
+
+/// What of a lane only memory knows.
+#[derive(Debug)]
+pub(super) struct Place {
+    backlog: u64,
+    live: u64,
+    live_from: u64,
+    returned: BTreeSet<u64>,
+    taken: BTreeSet<u64>,
+    held: HashMap<Topic, Held>,
+    held_until_mono_ms: u64,
 }
 
 /// What a screen shows of a lane.
@@ -241,6 +253,32 @@ impl Outbox {
             ahead: replay::count_ahead(db)?,
             unretained: Unretained::default(),
         })
+    }
+
+    /// What the session holds and what is held back, to be put back by [`Outbox::restore`].
+    pub(super) fn place(&self) -> [Place; 3] {
+        self.lanes.each_ref().map(|lane| Place {
+            backlog: lane.backlog.next,
+            live: lane.live.next,
+            live_from: lane.live_from,
+            returned: lane.returned.clone(),
+            taken: lane.taken.clone(),
+            held: lane.held.clone(),
+            held_until_mono_ms: lane.held_until_mono_ms,
+        })
+    }
+
+    /// Into a queue that was just read from the disk, which has not changed since the place was noted.
+    pub(super) fn restore(&mut self, places: [Place; 3]) {
+        for (lane, place) in self.lanes.iter_mut().zip(places) {
+            lane.backlog.next = place.backlog;
+            lane.live.next = place.live;
+            lane.live_from = place.live_from;
+            lane.returned = place.returned;
+            lane.taken = place.taken;
+            lane.held = place.held;
+            lane.held_until_mono_ms = place.held_until_mono_ms;
+        }
     }
 
     fn lane(&mut self, lane: Lane) -> &mut LaneQueue {

@@ -49,6 +49,13 @@ pub(crate) struct SessionTable {
     fresh: bool,
 }
 
+/// What of the session only memory knows.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Place {
+    next_send_no: u64,
+    fresh: bool,
+}
+
 fn row_state(number: i64) -> RowState {
     match number {
         1 => RowState::Published,
@@ -73,6 +80,15 @@ impl SessionTable {
         }
         let next_send_no = rows.values().map(|row| row.send_no).max().unwrap_or(0) + 1;
         Ok(SessionTable { rows, next_send_no, fresh: true })
+    }
+
+    pub(super) fn place(&self) -> Place {
+        Place { next_send_no: self.next_send_no, fresh: self.fresh }
+    }
+
+    /// Into a table that was just read from the disk, which has not changed since the place was noted.
+    pub(super) fn restore(&mut self, place: Place) {
+        (self.next_send_no, self.fresh) = (place.next_send_no, place.fresh);
     }
 
     /// What must be committed before CONNECT: the owner, and whether "present" could still be believed.

@@ -82,7 +82,7 @@ pub enum NotAccepted {
     /// QoS 0 messages are never stored.
     #[error("QoS 0 messages are not stored")]
     Qos0,
-    /// The database could not be written.
+    /// The database could not be written. After a sync that failed it may be stored all the same.
     #[error("{0}")]
     Failed(Arc<StoreError>),
     /// The agent is stopping.
@@ -488,6 +488,7 @@ impl Worker {
             }
             Request::Look(reply) => {
                 self.count_link_bytes();
+                self.store.look_for_space(clock::now());
                 let _gone = reply.send(self.store.look(clock::now()).map_err(Arc::new));
             }
             Request::Browse(ask, reply) => {
@@ -518,18 +519,17 @@ impl Worker {
             return;
         }
         let Turn { connection, changes, offer } = turn;
+        if self.changes.as_ref().is_some_and(|(of, _)| *of != connection) {
+            self.commit();
+        }
+        // Both in one commit: what is taken may hang on what was learned.
         if let Some(offer) = offer {
             self.offer = Some((connection, offer));
         }
-        if changes.is_empty() {
-            return;
-        }
         match &mut self.changes {
-            Some((of, waiting)) if *of == connection => waiting.extend(changes),
-            _ => {
-                self.commit();
-                self.changes = Some((connection, changes));
-            }
+            Some((_, waiting)) => waiting.extend(changes),
+            None if changes.is_empty() => {}
+            None => self.changes = Some((connection, changes)),
         }
     }
 

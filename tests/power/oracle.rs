@@ -352,6 +352,7 @@ fn message(lane: Lane, text: &str) -> Message {
         expires_after: None,
         correlation_data: None,
         payload: Payload::Whole(Bytes::copy_from_slice(text.as_bytes())),
+        correlation_data: None,
     }
 }
 

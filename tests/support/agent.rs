@@ -9,8 +9,9 @@ use super::wait_until;
 use fieldpost::agent::Faults;
 use fieldpost::control::client::{self, ClientError};
 use fieldpost::control::wire::{Answer, Publish, Question, Status};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
 use std::collections::{BTreeMap, VecDeque};
+use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -100,7 +101,8 @@ impl Config {
 pub struct Agent {
     dir: TempDir,
     faults: Option<Faults>,
-    preload: Option<PathBuf>,
+    env: Vec<(&'static str, OsString)>,
+    file_size: Option<u64>,
     child: Option<Child>,
 }
 
@@ -115,7 +117,7 @@ impl Agent {
     /// Writes the configuration and starts nothing.
     pub fn prepared(config: &Config) -> Agent {
         let dir = TempDir::new().expect("a temporary directory");
-        let agent = Agent { dir, faults: None, preload: None, child: None };
+        let agent = Agent { dir, faults: None, env: Vec::new(), file_size: None, child: None };
         agent.configure(config);
         agent
     }
@@ -131,12 +133,30 @@ impl Agent {
 
     /// Loads this library into every later start of it.
     pub fn preload(&mut self, library: PathBuf) {
-        self.preload = Some(library);
+        self.set_env("LD_PRELOAD", library);
     }
 
     /// Has these faults from the next start on; see [`Agent::start_with_faults`].
     pub fn have_faults(&mut self, faults: Faults) {
         self.faults = Some(faults);
+    }
+
+    /// Sets an environment variable for its next starts.
+    pub fn set_env(&mut self, name: &'static str, value: impl Into<OsString>) {
+        self.env.retain(|(other, _)| *other != name);
+        self.env.push((name, value.into()));
+    }
+
+    /// Its next starts may write files of so many bytes, as after `ulimit -S -f`.
+    pub fn limit_file_size(&mut self, bytes: Option<u64>) {
+        self.file_size = bytes;
+    }
+
+    /// Takes that limit from the running agent.
+    pub fn raise_file_size(&self) {
+        let pid = self.pid().and_then(|pid| i32::try_from(pid).ok()).and_then(Pid::from_raw);
+        let unlimited = Rlimit { current: None, maximum: None };
+        prlimit(pid, Resource::Fsize, unlimited).expect("a child's limit may be raised to its hard limit");
     }
 
     /// Replaces the configuration; the next start reads it.
@@ -160,15 +180,22 @@ impl Agent {
         assert!(self.child.is_none(), "the agent is running already");
         let log = fs::OpenOptions::new().create(true).append(true).open(self.log_file());
         let mut command = self.command();
-        if let Some(library) = &self.preload {
-            command.env("LD_PRELOAD", library);
-        }
-        command.stdin(Stdio::null()).stdout(Stdio::null());
+        command.stdin(Stdio::null()).stdout(Stdio::null()).envs(self.env.iter().cloned());
         command.stderr(log.expect("the temporary directory can be written"));
         self.child = Some(command.spawn().expect("the agent's program can be run"));
     }
 
     fn command(&self) -> Command {
+        let Some(bytes) = self.file_size else { return self.bare_command() };
+        let bare = self.bare_command();
+        let mut command = Command::new("sh");
+        // In blocks of 512 bytes.
+        command.args(["-c", &format!("ulimit -S -f {} && exec \"$0\" \"$@\"", bytes / 512)]);
+        command.arg(bare.get_program()).args(bare.get_args()).env_remove("FIELDPOST_LOG");
+        command
+    }
+
+    fn bare_command(&self) -> Command {
         let Some(faults) = self.faults else {
             let mut command = Command::new(binary());
             command.arg("run").arg(self.config_file()).env_remove("FIELDPOST_LOG");

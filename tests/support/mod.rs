@@ -9,6 +9,7 @@ pub mod aedes;
 pub mod agent;
 pub mod asker;
 pub mod broker;
+pub mod faults;
 pub mod mosquitto;
 pub mod plant;
 pub mod power;
