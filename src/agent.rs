@@ -223,7 +223,7 @@ impl Agent {
 
         let mut pipeline = JoinSet::new();
         let reporting = config.points.iter().map(|point| point.report.clone());
-        let policy = Policy::new(&config.gateway.id, reporting.collect());
+        let policy = Policy::new(&config.gateway.id, &clock::boot_id(), reporting.collect());
         pipeline.spawn(pipeline::run(policy, from_lines, store.clone(), qos0.clone(), Arc::clone(&stats)));
 
         let uplink_settings = uplink_settings(config, speaker, faults)?;
@@ -260,6 +260,7 @@ impl Agent {
             epoch = boot.epoch,
             lines = config.modbus.len(),
             points = config.points.len(),
+            clock_is_right = started.wall_is_right(),
             "fieldpost {} is running",
             env!("CARGO_PKG_VERSION")
         );
@@ -452,6 +453,7 @@ fn facts(config: &Config, started: clock::Stamp) -> Facts {
         },
         store_path: config.store.path.display().to_string(),
         health_interval: config.gateway.health_interval,
+        boot_id: clock::boot_id(),
         started,
     }
 }

@@ -2,6 +2,9 @@
 //!
 //! [`Stamp`] is plain data. [`now`] is the one place that reads the clocks; pure logic is handed its result.
 
+pub mod correction;
+
+use std::fs;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// A wall clock before this moment (2025-01-01T00:00:00Z, in ms) has certainly not been set.
@@ -14,12 +17,19 @@ pub struct Stamp {
     pub wall_ms: i64,
     /// Milliseconds since this machine booted, sleep included; only comparable within one boot.
     pub mono_ms: u64,
+    /// Whether somebody (NTP, PTP, GPS) was keeping the wall clock right, as far as the kernel knows.
+    pub synchronised: bool,
 }
 
 impl Stamp {
     /// Whether the wall clock had plausibly been set when this stamp was taken.
     pub fn wall_is_believable(self) -> bool {
         self.wall_ms >= EARLIEST_BELIEVABLE_MS
+    }
+
+    /// Whether the wall clock was right when this stamp was taken: kept so by somebody, and plausible.
+    pub fn wall_is_right(self) -> bool {
+        self.synchronised && self.wall_is_believable()
     }
 
     /// Milliseconds from `earlier` to this stamp by the monotonic clock; 0 if `earlier` is later.
@@ -35,5 +45,22 @@ pub fn now() -> Stamp {
         Err(before) => -(before.duration().as_millis() as i64),
     };
     let boot = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
-    Stamp { wall_ms, mono_ms: boot.tv_sec as u64 * 1000 + boot.tv_nsec as u64 / 1_000_000 }
+    let mono_ms = boot.tv_sec as u64 * 1000 + boot.tv_nsec as u64 / 1_000_000;
+    Stamp { wall_ms, mono_ms, synchronised: synchronised() }
+}
+
+/// The kernel's name for this boot of the machine; empty where it has none.
+pub fn boot_id() -> String {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+}
+
+/// What the kernel was told by whoever sets the clock; `false` where it may not be asked. The kernel takes it back by
+/// itself when it hears nothing for some hours, and when somebody sets the clock by hand.
+#[allow(unsafe_code)] // no crate that we know wraps adjtimex alone
+fn synchronised() -> bool {
+    // SAFETY: `timex` holds nothing but integers, for which zero is a value; `modes` 0 only reads.
+    let mut state: libc::timex = unsafe { std::mem::zeroed() };
+    // SAFETY: the kernel fills the structure it is given, which outlives the call.
+    let answer = unsafe { libc::adjtimex(&mut state) };
+    answer >= 0 && state.status & libc::STA_UNSYNC == 0
 }

@@ -12,8 +12,9 @@ use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
+use crate::clock::correction::{self, Correction};
 use crate::clock::{self, Stamp};
 use crate::control::wire::{self, Answer};
 use crate::control::{Ask, Request};
@@ -33,6 +34,9 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Publish requests from the control socket that wait for their commit, at most.
 const PUBLISHING_MAX: usize = 4096;
 
+/// Corrections of the clock that wait for a store that takes nothing, at most.
+const CORRECTIONS_MAX: usize = 64;
+
 /// What does not change while the agent runs.
 #[derive(Debug, Clone)]
 pub struct Facts {
@@ -46,6 +50,8 @@ pub struct Facts {
     pub store_path: String,
     /// How often the health message is published.
     pub health_interval: Duration,
+    /// The kernel's name for this boot.
+    pub boot_id: String,
     /// When the agent started.
     pub started: Stamp,
 }
@@ -85,6 +91,8 @@ impl Reporter {
     pub async fn run(mut self, mut requests: mpsc::Receiver<Request>, mut stop: watch::Receiver<bool>) {
         let mut publishing: FuturesUnordered<Published> = FuturesUnordered::new();
         let mut told = Told::default();
+        let mut watch = correction::Watch::default();
+        let mut corrections = Vec::new();
         let mut ticks = interval(LOOK_EVERY);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -97,7 +105,12 @@ impl Reporter {
             match wake {
                 Wake::Asked(request) => publishing.extend(self.answer(request).await),
                 Wake::Published(reply, answer) => tell(reply, answer),
-                Wake::Tick => self.speak(&mut told).await,
+                Wake::Tick => {
+                    corrections.extend(watch.look(clock::now()));
+                    corrections.truncate(CORRECTIONS_MAX);
+                    self.tell_corrections(&mut corrections).await;
+                    self.speak(&mut told).await;
+                }
                 Wake::Stop => break,
             }
         }
@@ -203,6 +216,32 @@ impl Reporter {
         }
     }
 
+    /// Through the store, connected or not; what it does not take is told at the next look.
+    async fn tell_corrections(&self, corrections: &mut Vec<Correction>) {
+        while let Some(correction) = corrections.first() {
+            let now = clock::now();
+            let message = Message {
+                topic: self.presence.clock_topic().clone(),
+                qos: Qos::AtLeastOnce,
+                retain: false,
+                lane: Lane::Alarm,
+                at: now,
+                expires_after: None,
+                correlation_data: None,
+                payload: format::correction(&self.facts.gateway, &self.facts.boot_id, correction, now),
+            };
+            if let Err(error) = self.store.append(vec![message]).await {
+                debug!(%error, "the correction of this boot's times could not be stored; it is tried again");
+                return;
+            }
+            info!(
+                add_ms = correction.add_ms,
+                "the clock is right; a correction of this boot's earlier times is sent"
+            );
+            corrections.remove(0);
+        }
+    }
+
     async fn tell_gaps(&self, gaps: &[Gap], told: &mut Told) {
         let message = |gap: &Gap| Message {
             topic: self.presence.gap_topic().clone(),
@@ -273,7 +312,7 @@ impl Reporter {
             uptime_s: now.ms_since(self.facts.started) / 1000,
             epoch: look.boot.epoch,
             link: LinkHealth {
-                up_s: Some(now.wall_ms.saturating_sub(link.since_ms).max(0) as u64 / 1000),
+                up_s: Some(now.mono_ms.saturating_sub(link.since_mono_ms) / 1000),
                 connects: self.stats.connects.get(),
                 connect_failures: self.stats.connect_failures.get(),
                 last_error: link.last_error.as_deref(),
@@ -363,7 +402,7 @@ impl Reporter {
         };
         wire::Link {
             state,
-            state_age_ms: now.wall_ms.saturating_sub(link.since_ms).max(0) as u64,
+            state_age_ms: now.mono_ms.saturating_sub(link.since_mono_ms),
             broker: self.facts.broker.clone(),
             protocol: self.facts.protocol.into(),
             session_present: link.session_present,

@@ -176,7 +176,7 @@ mod tests {
 
     /// A desk for `points` points, and the uplink's end of its QoS 0 channel, which has room for one message.
     fn desk(points: usize, qos: Qos) -> (Desk, mpsc::Receiver<Message>) {
-        let policy = Policy::new("g", (0..points).map(|point| reporting(point, qos)).collect());
+        let policy = Policy::new("g", "boot", (0..points).map(|point| reporting(point, qos)).collect());
         let (qos0, uplink) = mpsc::channel(1);
         (Desk { policy, qos0, stats: Arc::default(), outstanding: 0, refused: 0 }, uplink)
     }
@@ -184,7 +184,7 @@ mod tests {
     fn reading(points: usize, mono_ms: u64) -> Event {
         let sample = |point| Sample {
             point: PointIndex(point),
-            at: Stamp { wall_ms: 0, mono_ms },
+            at: Stamp { wall_ms: 0, mono_ms, synchronised: false },
             value: Ok(Value::Integer(5)),
         };
         Event::Read(Reading { samples: (0..points).map(sample).collect() })

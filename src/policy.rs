@@ -58,6 +58,7 @@ pub struct Report {
 #[derive(Debug)]
 pub struct Policy {
     gateway: String,
+    boot_id: String,
     points: Vec<Point>,
     /// Samples within their dead band so far.
     pub within_deadband: u64,
@@ -72,8 +73,8 @@ struct Point {
 }
 
 impl Policy {
-    /// A policy for the gateway of that id. [`PointIndex`] counts in `points`.
-    pub fn new(gateway: &str, points: Vec<Reporting>) -> Self {
+    /// A policy for the gateway of that id, in this boot of the machine. [`PointIndex`] counts in `points`.
+    pub fn new(gateway: &str, boot_id: &str, points: Vec<Reporting>) -> Self {
         let mut groups = HashMap::new();
         let table = points.into_iter().enumerate().map(|(index, reporting)| {
             let group = *groups.entry(shared(&reporting)).or_insert(index);
@@ -81,7 +82,8 @@ impl Policy {
             Point { reporting, filter, group }
         });
         let table = table.collect();
-        Policy { gateway: gateway.to_owned(), points: table, within_deadband: 0 }
+        let (gateway, boot_id) = (gateway.to_owned(), boot_id.to_owned());
+        Policy { gateway, boot_id, points: table, within_deadband: 0 }
     }
 
     /// What a reading is worth telling, in the order of the configuration.
@@ -126,7 +128,7 @@ impl Policy {
             at: format::oldest(samples.iter().map(|(_, sample)| sample.at)),
             expires_after: shared.expires_after,
             correlation_data: None,
-            payload: format::values(&self.gateway, &shared.id.line, &shared.id.unit, &entries),
+            payload: format::values(&self.gateway, &self.boot_id, &shared.id.line, &shared.id.unit, &entries),
         };
         Report { message, points: samples.iter().map(|(_, sample)| sample.point).collect() }
     }
@@ -160,7 +162,7 @@ mod tests {
     }
 
     fn reading(mono_ms: u64, samples: &[(usize, Result<Value, Fault>)]) -> Reading {
-        let at = Stamp { wall_ms: 1_795_255_200_123, mono_ms };
+        let at = Stamp { wall_ms: 1_795_255_200_123, mono_ms, synchronised: true };
         let samples = samples.iter().map(|(point, value)| Sample {
             point: PointIndex(*point),
             at,
@@ -197,7 +199,7 @@ mod tests {
             Reporting { unit: Some("V".into()), deadband: Deadband::None, ..same("c") },
         ];
         let all: Vec<_> = (0..points.len()).map(|point| (point, good(1.0))).collect();
-        let mut policy = Policy::new("g", points);
+        let mut policy = Policy::new("g", "boot", points);
         let reports = policy.on_reading(&reading(1, &all));
         let expected = [
             ("t", vec!["a", "b", "c"]),
@@ -221,7 +223,7 @@ mod tests {
 
     #[test]
     fn a_message_says_what_was_read() {
-        let mut policy = Policy::new("press-shop-1", vec![reporting("meter1", "voltage", "a/b")]);
+        let mut policy = Policy::new("press-shop-1", "boot", vec![reporting("meter1", "voltage", "a/b")]);
         let reports = policy.on_reading(&reading(5, &[(0, good(230.1))]));
         let [report] = &reports[..] else { panic!("one report, not {reports:?}") };
         assert_eq!(report.message.at.mono_ms, 5);
@@ -240,7 +242,7 @@ mod tests {
     #[test]
     fn only_what_left_its_dead_band_is_told_and_the_rest_is_counted() {
         let points = vec![reporting("m", "a", "t"), reporting("m", "b", "t")];
-        let mut policy = Policy::new("g", points);
+        let mut policy = Policy::new("g", "boot", points);
         assert_eq!(policy.on_reading(&reading(0, &[(0, good(1.0)), (1, good(1.0))])).len(), 1);
         let reports = policy.on_reading(&reading(1000, &[(0, good(1.1)), (1, good(2.0))]));
         assert_eq!(summary(&policy, &reports), [("t".to_owned(), vec!["b".to_owned()])]);
@@ -251,7 +253,7 @@ mod tests {
 
     #[test]
     fn a_report_that_was_not_taken_is_made_again() {
-        let mut policy = Policy::new("g", vec![reporting("m", "a", "t"), reporting("m", "b", "u")]);
+        let mut policy = Policy::new("g", "boot", vec![reporting("m", "a", "t"), reporting("m", "b", "u")]);
         let samples = [(0, good(1.0)), (1, good(1.0))];
         let reports = policy.on_reading(&reading(0, &samples));
         policy.forget(&reports[0].points);
@@ -261,7 +263,7 @@ mod tests {
 
     #[test]
     fn an_empty_reading_and_an_unknown_point_are_no_message() {
-        let mut policy = Policy::new("g", Vec::new());
+        let mut policy = Policy::new("g", "boot", Vec::new());
         assert!(policy.on_reading(&reading(0, &[])).is_empty());
         assert!(policy.on_reading(&reading(0, &[(7, good(1.0))])).is_empty());
         policy.forget(&[PointIndex(7)]);

@@ -249,13 +249,13 @@ pub struct Boot {
 
 impl Boot {
     /// Milliseconds from `then`, taken in boot `kernel_boot`, to `now`: by the monotonic clock within one
-    /// boot, by the wall clock across boots where both readings are believable, otherwise unknown.
+    /// boot, by the wall clock across boots where it was right both times, otherwise unknown.
     pub(crate) fn elapsed_ms(&self, kernel_boot: u32, then: Stamp, now: Stamp) -> Option<u64> {
         if kernel_boot == self.kernel_boot {
             return Some(now.ms_since(then));
         }
-        let believable = then.wall_is_believable() && now.wall_is_believable();
-        believable.then(|| now.wall_ms.saturating_sub(then.wall_ms).max(0) as u64)
+        let right = then.wall_is_right() && now.wall_is_right();
+        right.then(|| now.wall_ms.saturating_sub(then.wall_ms).max(0) as u64)
     }
 
     /// The same, where only the machine's up time is known of the wait: at least so long.

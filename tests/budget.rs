@@ -13,7 +13,7 @@ use fieldpost::turn::{Change, Offer, Taken};
 use tempfile::TempDir;
 
 /// 2026-01-01T00:00:00Z
-const START: Stamp = Stamp { wall_ms: 1_767_225_600_000, mono_ms: 1_000_000 };
+const START: Stamp = Stamp { wall_ms: 1_767_225_600_000, mono_ms: 1_000_000, synchronised: true };
 const DAY_MS: u64 = 86_400_000;
 const KIB: u64 = 1 << 10;
 
@@ -22,7 +22,7 @@ fn folder() -> TempDir {
 }
 
 fn after(ms: u64) -> Stamp {
-    Stamp { wall_ms: START.wall_ms + ms as i64, mono_ms: START.mono_ms + ms }
+    Stamp { wall_ms: START.wall_ms + ms as i64, mono_ms: START.mono_ms + ms, synchronised: true }
 }
 
 fn open(folder: &Path, bytes: u64) -> Store {

@@ -199,7 +199,8 @@ fn a_hundred_flipped_bytes_never_make_a_wrong_message() {
         let kept = survivors("100 bytes flipped", |bytes| {
             let mut random = fastrand::Rng::with_seed(seed);
             for _ in 0..100 {
-                let at = random.usize(1024..bytes.len());
+                // Behind the tables' definitions and roots, without which nothing can be found.
+                let at = random.usize(32 << 10..bytes.len());
                 bytes[at] ^= 1 << random.u32(0..8);
             }
         });

@@ -40,13 +40,7 @@ fn mosquitto() -> Mosquitto {
 }
 
 fn settings(path: &Path) -> Settings {
-    Settings {
-        path: path.to_owned(),
-        quota: 64 << 20,
-        when_full: WhenFull::DropOldest,
-        commit_interval: [Duration::ZERO; 3],
-        faults: Faults::default(),
-    }
+    Settings::new(path.to_owned())
 }
 
 fn message(qos: Qos, text: &str) -> Message {
@@ -57,6 +51,7 @@ fn message(qos: Qos, text: &str) -> Message {
         lane: Lane::Normal,
         at: clock::now(),
         expires_after: None,
+        correlation_data: None,
         payload: Payload::Whole(text.to_owned().into()),
     }
 }
@@ -233,7 +228,7 @@ fn what_the_session_holds_stays_in_its_hands_when_an_append_finds_the_disk_full(
         };
         let noise: String = (0..20_000).map(|_| fastrand::alphanumeric()).collect();
         let appends = vec![Append { messages: vec![message(Qos::ExactlyOnce, &noise)], closes: vec![] }];
-        let committed = commit(&mut store, Batch { appends, changes, offer: None });
+        let committed = commit(&mut store, Batch { appends, changes, ..Batch::default() });
         assert_eq!(committed.settled.delivered, 1);
         if let Err(refusal) = &committed.appends[0] {
             break refusal.to_string();

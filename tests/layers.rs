@@ -29,7 +29,8 @@ const LAYERS: &[Layer] = &[
         may: &["clock::Stamp", "message", "point", "turn"],
         pure: true,
     },
-    Layer { name: "clock", files: &["clock"], may: &[], pure: false },
+    Layer { name: "clock", files: &["clock"], may: &["clock"], pure: false },
+    Layer { name: "clock's correction", files: &["clock/correction"], may: &["clock::Stamp"], pure: true },
     // ---- pure logic
     Layer { name: "schedule", files: &["source/schedule"], may: &[], pure: true },
     Layer {
@@ -42,7 +43,7 @@ const LAYERS: &[Layer] = &[
     Layer {
         name: "policy",
         files: &["policy", "policy/*"],
-        may: &["clock::Stamp", "message", "point", "policy"],
+        may: &["clock::Stamp", "clock::correction", "message", "point", "policy"],
         pure: true,
     },
     Layer { name: "packets", files: &["uplink/packet"], may: &["message"], pure: true },
@@ -238,6 +239,8 @@ const PLACES: &[(&str, &[&str])] = &[
     // Payload times, the dates of certificates in messages for people, and where a month begins.
     ("jiff", &["policy/format", "store/budget", "uplink/tls"]),
     // Named nowhere: it is there for its version and its C code, which rusqlite calls.
+    // Whether the clock is synchronised: one question to the kernel that no other crate asks.
+    ("libc", &["clock"]),
     ("libsqlite3_sys", &["store*"]),
     ("lz4_flex", &["store/segment"]),
     ("rumqttc", &["uplink/link*"]),

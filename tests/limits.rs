@@ -12,7 +12,7 @@ use fieldpost::turn::{Change, Offer, OnSessionLoss, Taken};
 use tempfile::TempDir;
 
 /// 2026-01-01, so that the wall clock is believable.
-const START: Stamp = Stamp { wall_ms: 1_767_225_600_000, mono_ms: 1_000_000 };
+const START: Stamp = Stamp { wall_ms: 1_767_225_600_000, mono_ms: 1_000_000, synchronised: true };
 
 /// In memory where there is such a folder: limits are tested here, not the disk.
 fn folder() -> TempDir {
@@ -30,7 +30,7 @@ fn with_lane(folder: &Path, lane: Lane, limits: LaneLimits) -> Settings {
 }
 
 fn after(ms: u64) -> Stamp {
-    Stamp { wall_ms: START.wall_ms + ms as i64, mono_ms: START.mono_ms + ms }
+    Stamp { wall_ms: START.wall_ms + ms as i64, mono_ms: START.mono_ms + ms, synchronised: true }
 }
 
 /// What nothing packs: `bytes` characters of noise.

@@ -10,7 +10,7 @@ use fieldpost::store::{Append, Batch, Replay, ReplayOrder, Settings, Store};
 use fieldpost::turn::{Begin, Change, Offer, OnSessionLoss, Resume, Taken};
 use tempfile::TempDir;
 
-const START: Stamp = Stamp { wall_ms: 1_767_225_600_000, mono_ms: 1_000_000 };
+const START: Stamp = Stamp { wall_ms: 1_767_225_600_000, mono_ms: 1_000_000, synchronised: true };
 const LIVE_FIRST: Replay =
     Replay { order: ReplayOrder::LiveFirst, max_messages_per_second: None, max_bytes_per_second: None };
 const IN_ORDER: Replay = Replay { order: ReplayOrder::InOrder, ..LIVE_FIRST };
@@ -24,7 +24,7 @@ fn open(folder: &Path, replay: Replay) -> Store {
 }
 
 fn after(ms: u64) -> Stamp {
-    Stamp { wall_ms: START.wall_ms + ms as i64, mono_ms: START.mono_ms + ms }
+    Stamp { wall_ms: START.wall_ms + ms as i64, mono_ms: START.mono_ms + ms, synchronised: true }
 }
 
 fn value(lane: Lane, topic: &str, qos: Qos, text: &str) -> Message {

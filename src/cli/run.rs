@@ -128,7 +128,7 @@ mod tests {
     }
 
     fn reading(after_ms: i64, samples: &[(usize, Result<Value, Fault>)]) -> Reading {
-        let at = Stamp { wall_ms: 1_795_255_200_123 + after_ms, mono_ms: 1 };
+        let at = Stamp { wall_ms: 1_795_255_200_123 + after_ms, mono_ms: 1, synchronised: true };
         let sample = |(point, value): &(usize, Result<Value, Fault>)| Sample {
             point: PointIndex(*point),
             at,

@@ -418,7 +418,7 @@ fn from_hex(digits: &str) -> Option<Vec<u8>> {
 mod tests {
     use super::*;
 
-    const NOW: Stamp = Stamp { wall_ms: 1, mono_ms: 2 };
+    const NOW: Stamp = Stamp { wall_ms: 1, mono_ms: 2, synchronised: true };
 
     fn message(line: &str) -> Message {
         match understand(line, NOW) {

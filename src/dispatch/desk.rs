@@ -517,7 +517,7 @@ mod tests {
     use crate::turn::Inbound;
 
     fn at(ms: u64) -> Stamp {
-        Stamp { wall_ms: 1_795_255_200_000 + ms as i64, mono_ms: ms }
+        Stamp { wall_ms: 1_795_255_200_000 + ms as i64, mono_ms: ms, synchronised: true }
     }
 
     fn desk() -> Desk {

@@ -195,8 +195,10 @@ impl Judge {
             let Some(at_ms) = not_after.as_str().and_then(format::read_rfc3339) else {
                 return refused("not_after: a time such as \"2026-11-21T10:00:00Z\"");
             };
-            if !asked.now.wall_is_believable() {
-                return expired("it says until when it is meant, and the gateway's clock is not set");
+            if !asked.now.wall_is_right() {
+                return expired(
+                    "it says until when it is meant, and the gateway's clock is not set or not kept right",
+                );
             }
             left_ms = left_ms.min(u64::try_from(at_ms.saturating_sub(asked.now.wall_ms)).unwrap_or(0));
         }
@@ -344,7 +346,7 @@ mod tests {
     use super::*;
 
     /// 2026-11-21T10:00:00.123Z
-    const NOW: Stamp = Stamp { wall_ms: 1_795_255_200_123, mono_ms: 50_000 };
+    const NOW: Stamp = Stamp { wall_ms: 1_795_255_200_123, mono_ms: 50_000, synchronised: true };
 
     fn judge() -> Judge {
         let point = |name: &str, index, allowed| WritablePoint {
@@ -457,7 +459,7 @@ mod tests {
     fn retained_expired_and_undatable_commands_are_not_carried_out() {
         let good = r#"{"id":"a","point":"line1/pump/on","value":true,"ttl":"1s"}"#;
         let dated = r#"{"id":"a","point":"line1/pump/on","value":true,"not_after":"2026-11-21T10:00:00Z"}"#;
-        let unset = Stamp { wall_ms: 61_000, mono_ms: 4_000 };
+        let unset = Stamp { wall_ms: 61_000, mono_ms: 4_000, synchronised: true };
         for (asked, start) in [
             (Asked { retain: true, age_ms: Some(0), ..asked(good) }, "refused: retained"),
             (Asked { age_ms: Some(1000), ..asked(good) }, "expired: its time was over"),

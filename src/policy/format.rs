@@ -12,6 +12,7 @@ use std::fmt::{self, Write as _};
 use jiff::Timestamp;
 
 use crate::clock::Stamp;
+use crate::clock::correction::Correction;
 use crate::message::{Lane, Payload, Seq};
 use crate::point::{Fault, Value};
 
@@ -40,20 +41,26 @@ pub struct Entry<'a> {
 /// The values of one unit. The message's own time is that of its oldest value, so that a receiver that looks
 /// no further never takes a value for fresher than it is; values read at another millisecond say so.
 ///
+/// Where a clock was not right, the message names the boot, for a [`correction`] to find it.
+///
 /// The payload is left open for the store to add `epoch` and `seq`.
-pub fn values(gateway: &str, line: &str, unit: &str, entries: &[Entry<'_>]) -> Payload {
+pub fn values(gateway: &str, boot_id: &str, line: &str, unit: &str, entries: &[Entry<'_>]) -> Payload {
     let at = oldest(entries.iter().map(|entry| entry.at));
     let mut members = Object::new();
     for entry in entries {
         members = members.object(entry.name, value(entry, at));
     }
     let payload = Object::versioned().text("gateway", gateway).text("line", line).text("unit", unit);
-    payload.time(at).object("values", members).into_open()
+    let payload = match entries.iter().all(|entry| entry.at.wall_is_right()) {
+        true => payload.time(at),
+        false => payload.time(at).text("boot_id", boot_id),
+    };
+    payload.object("values", members).into_open()
 }
 
 /// The stamp that was taken first, by the monotonic clock; both clocks at 0 when there is none.
 pub fn oldest(stamps: impl Iterator<Item = Stamp>) -> Stamp {
-    stamps.min_by_key(|stamp| stamp.mono_ms).unwrap_or(Stamp { wall_ms: 0, mono_ms: 0 })
+    stamps.min_by_key(|stamp| stamp.mono_ms).unwrap_or(Stamp { wall_ms: 0, mono_ms: 0, synchronised: false })
 }
 
 fn value(entry: &Entry<'_>, message_at: Stamp) -> Object {
@@ -74,7 +81,7 @@ fn value(entry: &Entry<'_>, message_at: Stamp) -> Object {
     if entry.at.wall_ms != message_at.wall_ms {
         object = object.text("at", &rfc3339(entry.at.wall_ms));
     }
-    if entry.at.wall_is_believable() != message_at.wall_is_believable() {
+    if clock(entry.at) != clock(message_at) {
         object = object.text("clock", clock(entry.at));
     }
     object
@@ -113,6 +120,20 @@ pub fn gap(gateway: &str, gap: &Gap<'_>) -> Payload {
         .number("last_seq", gap.last_seq)
         .number("count", gap.count)
         .text("reason", gap.reason)
+        .into_open()
+}
+
+/// What to add to the times of one boot's messages whose `clock` is not `ok`, once the clock is right: those with
+/// this `boot_id` and a time from `from` to `to`, ends included. The payload is left open for the store to add
+/// `epoch` and `seq`.
+pub fn correction(gateway: &str, boot_id: &str, correction: &Correction, at: Stamp) -> Payload {
+    Object::versioned()
+        .text("gateway", gateway)
+        .text("boot_id", boot_id)
+        .text("from", &rfc3339(correction.from_ms))
+        .text("to", &rfc3339(correction.to_ms))
+        .number("add_ms", correction.add_ms)
+        .time(at)
         .into_open()
 }
 
@@ -480,7 +501,11 @@ fn state(error: Option<&str>) -> &'static str {
 }
 
 fn clock(at: Stamp) -> &'static str {
-    if at.wall_is_believable() { "ok" } else { "unset" }
+    match (at.wall_is_believable(), at.synchronised) {
+        (false, _) => "unset",
+        (true, false) => "unsynchronised",
+        (true, true) => "ok",
+    }
 }
 
 /// RFC 3339 in UTC with milliseconds. A clock beyond the years -9999 to 9999 is shown at their edge.
@@ -564,7 +589,8 @@ mod tests {
     use super::*;
 
     /// 2026-11-21T10:00:00.123Z
-    const AT: Stamp = Stamp { wall_ms: 1_795_255_200_123, mono_ms: 5_000 };
+    const AT: Stamp = Stamp { wall_ms: 1_795_255_200_123, mono_ms: 5_000, synchronised: true };
+    const BOOT: &str = "123e5eeb-7f74-4d51-8773-6fc1a8bc42a3";
 
     fn speaker() -> Speaker {
         Speaker { gateway: "press-shop-1".into(), version: "0.1.0".into(), boot: 7, instance: 0xab }
@@ -590,7 +616,7 @@ mod tests {
             entry("running", AT, &running),
         ];
         assert_eq!(
-            finished(values("press-shop-1", "line1", "meter1", &entries)),
+            finished(values("press-shop-1", BOOT, "line1", "meter1", &entries)),
             concat!(
                 r#"{"v":1,"gateway":"press-shop-1","line":"line1","unit":"meter1","#,
                 r#""at":"2026-11-21T10:00:00.123Z","clock":"ok","values":{"#,
@@ -604,9 +630,9 @@ mod tests {
 
     #[test]
     fn a_message_is_as_old_as_its_oldest_value_and_newer_ones_say_so() {
-        let later = Stamp { wall_ms: AT.wall_ms + 40, mono_ms: AT.mono_ms + 40 };
+        let later = Stamp { wall_ms: AT.wall_ms + 40, mono_ms: AT.mono_ms + 40, ..AT };
         let (one, two) = (Ok(Value::Integer(1)), Ok(Value::Integer(2)));
-        let text = finished(values("g", "l", "u", &[entry("b", later, &two), entry("a", AT, &one)]));
+        let text = finished(values("g", BOOT, "l", "u", &[entry("b", later, &two), entry("a", AT, &one)]));
         assert_eq!(
             text,
             concat!(
@@ -619,16 +645,43 @@ mod tests {
 
     #[test]
     fn a_clock_that_was_not_set_is_admitted_also_when_it_is_set_in_between() {
-        let unset = Stamp { wall_ms: 61_000, mono_ms: 4_000 };
+        let unset = Stamp { wall_ms: 61_000, mono_ms: 4_000, synchronised: false };
         let (one, two) = (Ok(Value::Integer(1)), Ok(Value::Integer(2)));
-        let text = finished(values("g", "l", "u", &[entry("a", unset, &one), entry("b", AT, &two)]));
+        let text = finished(values("g", BOOT, "l", "u", &[entry("a", unset, &one), entry("b", AT, &two)]));
         assert_eq!(
             text,
             concat!(
                 r#"{"v":1,"gateway":"g","line":"l","unit":"u","at":"1970-01-01T00:01:01.000Z","clock":"unset","#,
-                r#""values":{"a":{"value":1,"quality":"good"},"#,
+                r#""boot_id":"123e5eeb-7f74-4d51-8773-6fc1a8bc42a3","values":{"a":{"value":1,"quality":"good"},"#,
                 r#""b":{"value":2,"quality":"good","at":"2026-11-21T10:00:00.123Z","clock":"ok"}},"#,
                 r#""epoch":3,"seq":42}"#
+            )
+        );
+    }
+
+    #[test]
+    fn a_clock_that_nobody_keeps_right_is_admitted() {
+        let free = Stamp { synchronised: false, ..AT };
+        let one = Ok(Value::Integer(1));
+        assert_eq!(
+            finished(values("g", BOOT, "l", "u", &[entry("a", free, &one)])),
+            concat!(
+                r#"{"v":1,"gateway":"g","line":"l","unit":"u","at":"2026-11-21T10:00:00.123Z","#,
+                r#""clock":"unsynchronised","boot_id":"123e5eeb-7f74-4d51-8773-6fc1a8bc42a3","#,
+                r#""values":{"a":{"value":1,"quality":"good"}},"epoch":3,"seq":42}"#
+            )
+        );
+    }
+
+    #[test]
+    fn golden_correction() {
+        let record = Correction { from_ms: 0, to_ms: 60_000, add_ms: 1_795_255_140_123 };
+        assert_eq!(
+            finished(correction("press-shop-1", BOOT, &record, AT)),
+            concat!(
+                r#"{"v":1,"gateway":"press-shop-1","boot_id":"123e5eeb-7f74-4d51-8773-6fc1a8bc42a3","#,
+                r#""from":"1970-01-01T00:00:00.000Z","to":"1970-01-01T00:01:00.000Z","add_ms":1795255140123,"#,
+                r#""at":"2026-11-21T10:00:00.123Z","clock":"ok","epoch":3,"seq":42}"#
             )
         );
     }
@@ -648,7 +701,7 @@ mod tests {
 
     #[test]
     fn golden_answers() {
-        let received = Stamp { wall_ms: AT.wall_ms - 23, mono_ms: 4_977 };
+        let received = Stamp { wall_ms: AT.wall_ms - 23, mono_ms: 4_977, synchronised: true };
         let done = Answer {
             id: Some("c-17"),
             point: Some("line1/pump/setpoint"),
@@ -818,13 +871,13 @@ mod tests {
             gateway in any::<String>(), name in any::<String>(), unit in any::<String>(), what in any::<String>(),
             float in any::<f64>(), wall_ms in any::<i64>(),
         ) {
-            let at = Stamp { wall_ms, mono_ms: 1 };
+            let at = Stamp { wall_ms, mono_ms: 1, synchronised: wall_ms % 2 == 0 };
             let (good, bad) = (Ok(Value::Float(float)), Err(Fault::LineDown { what: what.clone() }));
             let entries = [
                 Entry { name: &name, unit: Some(&unit), at, value: &good },
                 Entry { name: "\u{0}bad", unit: None, at, value: &bad },
             ];
-            let text = finished(values(&gateway, "l", "u", &entries));
+            let text = finished(values(&gateway, BOOT, "l", "u", &entries));
             let json: serde_json::Value = serde_json::from_str(&text).expect("JSON");
             prop_assert_eq!(&json["gateway"], &serde_json::Value::from(gateway));
             if name != "\u{0}bad" {

@@ -257,7 +257,7 @@ pub(super) fn dead_message(db: &Connection, number: u64, now: Stamp) -> Sql<Opti
         qos,
         retain,
         lane,
-        at: Stamp { wall_ms: at_ms, mono_ms: now.mono_ms },
+        at: Stamp { wall_ms: at_ms, mono_ms: now.mono_ms, synchronised: false },
         expires_after: expires_s.map(Duration::from_secs),
         correlation_data,
         payload: Payload::Whole(payload.into()),

@@ -227,7 +227,7 @@ mod tests {
     const DAY: u64 = DAY_MS;
 
     fn at(wall_ms: i64, mono_ms: u64) -> Stamp {
-        Stamp { wall_ms, mono_ms }
+        Stamp { wall_ms, mono_ms, synchronised: true }
     }
 
     fn budget(per: Period) -> Budget {

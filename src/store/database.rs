@@ -18,7 +18,7 @@ use super::{
     Append, Batch, Boot, Committed, Damage, Gap, Look, NotAccepted, PAYLOAD_MAX_BYTES, Settings, Settled,
     StoreError, is_read_only, with_suffix,
 };
-use crate::clock::Stamp;
+use crate::clock::{self, Stamp};
 use crate::command::{CommandStep, Recorded, Stepped};
 use crate::message::{Lane, Qos, Seq};
 use crate::turn::{Begin, Change, OnSessionLoss};
@@ -577,7 +577,7 @@ fn create(db: &Connection) -> Result<(), rusqlite::Error> {
 fn start(db: &Connection) -> Result<Boot, rusqlite::Error> {
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default().trim().to_owned();
     let machine_now = read("/etc/machine-id");
-    let kernel_boot_id_now = read("/proc/sys/kernel/random/boot_id");
+    let kernel_boot_id_now = clock::boot_id();
     db.execute_batch("BEGIN IMMEDIATE")?;
     let (epoch, boot, machine, kernel_boot, kernel_boot_id): (u32, u32, String, u32, String) = db
         .query_row("SELECT epoch, boot, machine, kernel_boot, kernel_boot_id FROM meta", [], |row| {

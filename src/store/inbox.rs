@@ -80,8 +80,8 @@ impl Inbox {
         }
         db.prepare_cached(
             "INSERT INTO command (number, topic, payload, qos, retain, response_topic, correlation,
-                                  received_ms, received_mono, kernel_boot, state)
-             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0)",
+                                  received_ms, received_mono, kernel_boot, state, synchronised)
+             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0, ?)",
         )?
         .execute(params![
             self.next_number,
@@ -94,6 +94,7 @@ impl Inbox {
             now.wall_ms,
             now.mono_ms,
             boot.kernel_boot,
+            now.synchronised,
         ])?;
         self.next_number += 1;
         self.recorded += 1;
@@ -278,7 +279,7 @@ fn select(
 ) -> Sql<Vec<Recorded>> {
     db.prepare_cached(&format!(
         "SELECT number, id, topic, payload, qos, retain, response_topic, correlation,
-                received_ms, received_mono, kernel_boot FROM command WHERE {which}"
+                received_ms, received_mono, kernel_boot, synchronised FROM command WHERE {which}"
     ))?
     .query_map(params![after, count], |row| recorded(row, boot, now))?
     .collect()
@@ -289,7 +290,7 @@ fn recorded(row: &Row<'_>, boot: &Boot, now: Stamp) -> Sql<Recorded> {
     let topic = Topic::new(&topic).map_err(|error| {
         rusqlite::Error::FromSqlConversionFailure(2, rusqlite::types::Type::Text, error.into())
     })?;
-    let received = Stamp { wall_ms: row.get(8)?, mono_ms: row.get(9)? };
+    let received = Stamp { wall_ms: row.get(8)?, mono_ms: row.get(9)?, synchronised: row.get(11)? };
     Ok(Recorded {
         number: row.get(0)?,
         id: row.get::<_, Option<Vec<u8>>>(1)?.map(|id| String::from_utf8_lossy(&id).into_owned()),

@@ -3,6 +3,7 @@
 ALTER TABLE dead_letter ADD COLUMN expires_s INTEGER;
 ALTER TABLE dead_letter ADD COLUMN correlation BLOB;
 
+ALTER TABLE command ADD COLUMN synchronised INTEGER NOT NULL DEFAULT 0;
 CREATE INDEX command_state ON command (state);
 ALTER TABLE inflight ADD COLUMN retain INTEGER;
 CREATE TABLE retained_ahead (
@@ -18,3 +19,4 @@ CREATE TABLE budget (
     used            INTEGER NOT NULL,           -- bytes
     ran_ms          INTEGER NOT NULL            -- running time in it
 );
+ALTER TABLE segment ADD COLUMN synchronised INTEGER NOT NULL DEFAULT 0;

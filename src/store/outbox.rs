@@ -334,7 +334,7 @@ impl Outbox {
     fn insert(&mut self, db: &Connection, lane: Lane, entries: &[Entry], boot: &Boot, now: Stamp) -> Sql<()> {
         let queue = self.lane(lane);
         let (packing, body) = segment::encode(lane, Seq(queue.next_seq), now.wall_ms, entries);
-        db.prepare_cached("INSERT INTO segment VALUES (?, ?, ?, ?, ?, ?, ?, ?)")?.execute(params![
+        db.prepare_cached("INSERT INTO segment VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)")?.execute(params![
             key(lane, queue.next_seq),
             entries.len() as u64,
             boot.epoch,
@@ -343,6 +343,7 @@ impl Outbox {
             now.mono_ms,
             packing as i64,
             body,
+            now.synchronised,
         ])?;
         queue.next_seq += entries.len() as u64;
         queue.messages += entries.len() as u64;
@@ -581,21 +582,22 @@ impl Outbox {
         let mut depths = [LaneDepth::default(); 3];
         for lane in Lane::ALL {
             let queue = &self.lanes[lane as usize];
-            let oldest: Option<(u32, i64, u64)> = db
+            let oldest: Option<(u32, Stamp)> = db
                 .prepare_cached(
-                    "SELECT kernel_boot, accepted_ms, accepted_mono FROM segment WHERE id >= ? AND id < ? ORDER BY id LIMIT 1",
+                    "SELECT kernel_boot, accepted_ms, accepted_mono, synchronised FROM segment
+                     WHERE id >= ? AND id < ? ORDER BY id LIMIT 1",
                 )?
                 .query_row(params![key(lane, 0), end_of(lane)], |row| {
-                    Ok((row.get(0)?, row.get(1)?, row.get(2)?))
+                    let (wall_ms, mono_ms, synchronised) = (row.get(1)?, row.get(2)?, row.get(3)?);
+                    Ok((row.get(0)?, Stamp { wall_ms, mono_ms, synchronised }))
                 })
                 .optional()?;
             depths[lane as usize] = LaneDepth {
                 messages: queue.messages,
                 bytes: queue.bytes,
                 in_flight: queue.taken.len() as u64,
-                oldest_age_ms: oldest.and_then(|(kernel_boot, wall_ms, mono_ms)| {
-                    boot.elapsed_ms(kernel_boot, Stamp { wall_ms, mono_ms }, now)
-                }),
+                oldest_age_ms: oldest
+                    .and_then(|(kernel_boot, accepted)| boot.elapsed_ms(kernel_boot, accepted, now)),
             };
         }
         Ok(depths)
@@ -652,18 +654,19 @@ impl LaneQueue {
             self.cursor_over(seq).loaded = None;
             return Ok(false);
         };
-        let (kernel_boot, wall_ms, mono_ms, packing, body): (u32, i64, u64, i64, Vec<u8>) = db
+        let (kernel_boot, accepted, packing, body): (u32, Stamp, i64, Vec<u8>) = db
             .prepare_cached(
-                "SELECT kernel_boot, accepted_ms, accepted_mono, packing, body FROM segment WHERE id = ?",
+                "SELECT kernel_boot, accepted_ms, accepted_mono, synchronised, packing, body FROM segment
+                 WHERE id = ?",
             )?
             .query_row([key(lane, first)], |row| {
-                Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?, row.get(4)?))
+                let (wall_ms, mono_ms, synchronised) = (row.get(1)?, row.get(2)?, row.get(3)?);
+                Ok((row.get(0)?, Stamp { wall_ms, mono_ms, synchronised }, row.get(4)?, row.get(5)?))
             })
             .optional()?
             .ok_or_else(|| lies(format!("segment {first} of lane {lane} is there and is not")))?;
         self.open.entry(first).or_insert_with(|| Open::new(count, body.len() as u64, Vec::new()));
-        let entries = segment::decode(lane, Seq(first), count as usize, wall_ms, packing, body);
-        let accepted = Stamp { wall_ms, mono_ms };
+        let entries = segment::decode(lane, Seq(first), count as usize, accepted.wall_ms, packing, body);
         self.cursor_over(seq).loaded = Some(Loaded { first, entries, accepted, kernel_boot });
         Ok(true)
     }

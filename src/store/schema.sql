@@ -27,7 +27,8 @@ CREATE TABLE segment (
     accepted_ms     INTEGER NOT NULL,           -- wall clock
     accepted_mono   INTEGER NOT NULL,           -- milliseconds since that boot
     packing         INTEGER NOT NULL,           -- 0 plain, 1 LZ4
-    body            BLOB NOT NULL
+    body            BLOB NOT NULL,
+    synchronised    INTEGER NOT NULL DEFAULT 0  -- whether the wall clock was, when they were accepted
 );
 
 -- Which records of a segment are done; a segment without a row has none.
@@ -92,7 +93,8 @@ CREATE TABLE command (
     received_ms     INTEGER NOT NULL,
     received_mono   INTEGER NOT NULL,
     kernel_boot     INTEGER NOT NULL,
-    state           INTEGER NOT NULL            -- 0 recorded, 1 begun, 2 answered unbegun, 3 answered
+    state           INTEGER NOT NULL,           -- 0 recorded, 1 begun, 2 answered unbegun, 3 answered
+    synchronised    INTEGER NOT NULL DEFAULT 0  -- whether the wall clock was, when it was received
 );
 CREATE UNIQUE INDEX command_id ON command (id) WHERE id IS NOT NULL;
 CREATE INDEX command_state ON command (state);  -- what waits, and the oldest id to forget

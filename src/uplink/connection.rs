@@ -92,8 +92,8 @@ pub enum Stop {
 pub struct LinkStatus {
     /// What it is doing.
     pub state: LinkState,
-    /// Since when it has been connected, or not; Unix time in ms.
-    pub since_ms: i64,
+    /// Since when it has been connected, or not; monotonic, in ms.
+    pub since_mono_ms: u64,
     /// Why the last connection or attempt ended.
     pub last_error: Option<String>,
     /// Subscriptions granted at less than was asked for, in words.
@@ -127,7 +127,7 @@ impl LinkStatus {
     pub fn new() -> Self {
         LinkStatus {
             state: LinkState::Connecting,
-            since_ms: clock::now().wall_ms,
+            since_mono_ms: clock::now().mono_ms,
             last_error: None,
             downgrades: Vec::new(),
             in_flight: 0,
@@ -343,7 +343,7 @@ impl Uplink {
     fn set_state(&self, state: LinkState) {
         self.status.send_modify(|status| {
             if (status.state == LinkState::Connected) != (state == LinkState::Connected) {
-                status.since_ms = clock::now().wall_ms;
+                status.since_mono_ms = clock::now().mono_ms;
             }
             status.state = state;
         });

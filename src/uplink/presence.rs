@@ -1,6 +1,7 @@
 //! What we say about ourselves: Will, online and offline, health, unit states. Pure.
 //!
-//! Under the base topic: `state` (retained presence), `health`, `unit/{line}/{unit}` (retained), `gap`, `alarm`.
+//! Under the base topic: `state` (retained presence), `health`, `unit/{line}/{unit}` (retained), `gap`, `alarm`,
+//! `clock`.
 //!
 //! Invariant: while we are connected, the retained presence says so. We listen to it ourselves, because a Will
 //! can arrive late, after a takeover, and because whoever else speaks there under our name is the only witness
@@ -72,6 +73,7 @@ pub struct Presence {
     health: Topic,
     gap: Topic,
     alarm: Topic,
+    clock: Topic,
     stage: Stage,
     /// Until we have spoken ourselves, what is heard was said before this start of ours.
     past_still_speaks: bool,
@@ -90,6 +92,7 @@ impl Presence {
             health: Topic::new(&format!("{base}/health"))?,
             gap: Topic::new(&format!("{base}/gap"))?,
             alarm: Topic::new(&format!("{base}/alarm"))?,
+            clock: Topic::new(&format!("{base}/clock"))?,
             stage: Stage::Silent,
             past_still_speaks: true,
         })
@@ -113,6 +116,11 @@ impl Presence {
     /// Where alarms about the gateway itself go.
     pub fn alarm_topic(&self) -> &Topic {
         &self.alarm
+    }
+
+    /// Where corrections of the clock go.
+    pub fn clock_topic(&self) -> &Topic {
+        &self.clock
     }
 
     /// The Will for CONNECT: retained `offline`, reason `lost`.
@@ -215,7 +223,7 @@ mod tests {
 
     use super::*;
 
-    const AT: Stamp = Stamp { wall_ms: 1_795_255_200_123, mono_ms: 5_000 };
+    const AT: Stamp = Stamp { wall_ms: 1_795_255_200_123, mono_ms: 5_000, synchronised: true };
 
     fn speaker(boot: u64, instance: u64) -> Speaker {
         Speaker { gateway: "g1".into(), version: "0.1.0".into(), boot, instance }

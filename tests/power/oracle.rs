@@ -14,7 +14,7 @@ use fieldpost::store::{Append, Batch, Gap, Look, Settings, Store, StoreError};
 use fieldpost::turn::{Begin, Change, Offer, OnSessionLoss, Resume, RowState};
 
 /// Before anything was accepted: nothing is too old at this moment.
-pub const START: Stamp = Stamp { wall_ms: 1_767_225_600_000, mono_ms: 1_000_000 };
+pub const START: Stamp = Stamp { wall_ms: 1_767_225_600_000, mono_ms: 1_000_000, synchronised: true };
 
 pub type Place = (Lane, u64);
 
@@ -352,7 +352,6 @@ fn message(lane: Lane, text: &str) -> Message {
         expires_after: None,
         correlation_data: None,
         payload: Payload::Whole(Bytes::copy_from_slice(text.as_bytes())),
-        correlation_data: None,
     }
 }
 

@@ -163,7 +163,7 @@ fn qos_0_is_sent_while_messages_flow_and_not_before() {
         qos: Qos::AtMostOnce,
         retain: true,
         lane: fieldpost::message::Lane::Normal,
-        at: fieldpost::clock::Stamp { wall_ms: 0, mono_ms: 0 },
+        at: fieldpost::clock::Stamp { wall_ms: 0, mono_ms: 0, synchronised: false },
         expires_after: None,
         correlation_data: None,
         payload: fieldpost::message::Payload::Whole("now".into()),

@@ -37,7 +37,7 @@ const OBSERVER: &str = "observer";
 /// The agent's own limit for what the broker sends.
 const MAX_PACKET: u32 = 1 << 20;
 /// 2026-01-01, so that the wall clock is believable.
-const START: Stamp = Stamp { wall_ms: 1_767_225_600_000, mono_ms: 1_000_000 };
+const START: Stamp = Stamp { wall_ms: 1_767_225_600_000, mono_ms: 1_000_000, synchronised: true };
 
 /// Bytes under way, and bytes that have arrived.
 #[derive(Debug, Default)]

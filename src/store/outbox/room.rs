@@ -333,11 +333,11 @@ fn needs(messages: &[Message]) -> [Need; 3] {
 /// The first segment of a lane at or after a number.
 fn next_segment(db: &Connection, lane: Lane, from: u64) -> Sql<Option<Segment>> {
     db.prepare_cached(
-        "SELECT id, count, length(body), kernel_boot, accepted_ms, accepted_mono FROM segment
+        "SELECT id, count, length(body), kernel_boot, accepted_ms, accepted_mono, synchronised FROM segment
          WHERE id >= ? AND id < ? ORDER BY id LIMIT 1",
     )?
     .query_row(params![key(lane, from), end_of(lane)], |row| {
-        let accepted = Stamp { wall_ms: row.get(4)?, mono_ms: row.get(5)? };
+        let accepted = Stamp { wall_ms: row.get(4)?, mono_ms: row.get(5)?, synchronised: row.get(6)? };
         let (first, count, bytes) = (seq_of(row.get(0)?), row.get(1)?, row.get(2)?);
         Ok(Segment { first, count, bytes, kernel_boot: row.get(3)?, accepted })
     })
