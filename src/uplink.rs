@@ -6,5 +6,6 @@ pub mod examination;
 pub mod link;
 pub mod packet;
 pub mod presence;
+mod secret;
 pub mod session;
 pub mod tls;

@@ -21,7 +21,7 @@ use device::TcpDevice;
 use fieldpost::clock::Stamp;
 use fieldpost::control::wire::{LinkState, Status};
 use fieldpost::message::{Lane, Message, PacketId, Payload, Qos, Topic};
-use fieldpost::store::{Append, Batch, Faults, Settings, Store, WhenFull};
+use fieldpost::store::{Append, Batch, Settings, Store};
 use fieldpost::turn::{Offer, Taken};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 use support::agent::{Agent, Config, queued};

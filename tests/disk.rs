@@ -454,7 +454,7 @@ fn a_limit_on_file_sizes_ends_no_agent() {
     let broker = mosquitto();
     let mut agent = Agent::prepared(&Config::new(&broker.url()));
     // As `ulimit -f` before the agent, which is where SIGXFSZ would end it.
-    agent.limit_file_size(Some(300 << 10));
+    agent.run_first("ulimit -S -f 600");
     agent.start_again();
     let (filled, reason) = fill(&agent);
     assert!(reason.contains("outbox.db") && reason.contains("ulimit"), "{reason}");

@@ -92,8 +92,8 @@ const LAYERS: &[Layer] = &[
     },
     Layer {
         name: "edge: link",
-        files: &["uplink", "uplink/link", "uplink/link/metered", "uplink/link/open", "uplink/tls"],
-        may: &["message", "stats", "uplink::packet", "uplink::link", "uplink::tls"],
+        files: &["uplink", "uplink/link", "uplink/link/metered", "uplink/link/open", "uplink/secret", "uplink/tls"],
+        may: &["message", "stats", "uplink::packet", "uplink::link", "uplink::secret", "uplink::tls"],
         pure: false,
     },
     Layer {

@@ -222,12 +222,16 @@ fn topic_complaint(error: &TemplateError) -> Complaint {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     #[test]
     fn a_systemd_credential_comes_before_the_file_beside_the_configuration() {
         let credentials = tempfile::tempdir().expect("a directory");
-        std::fs::write(credentials.path().join("broker.password"), "secret").expect("written");
+        let secret = credentials.path().join("broker.password");
+        std::fs::write(&secret, "secret").expect("written");
+        std::fs::set_permissions(&secret, std::fs::Permissions::from_mode(0o440)).expect("ours");
         let directory = credentials.path().display().to_string();
         let variable = |name: &str| (name == "CREDENTIALS_DIRECTORY").then(|| directory.clone());
         let around = Surroundings { hostname: "pi", variable: &variable };

@@ -99,7 +99,7 @@ fn printable(character: char) -> char {
 }
 
 /// The text with passwords replaced by as many stars (P10): a report ends in the journal. Covers what people
-/// write by mistake, `password = "..."` and `://user:password@host`; fieldpost itself knows no inline secret.
+/// write by mistake, `password = "..."`, also misspelt, and `://user:password@host`; fieldpost itself knows no inline secret.
 pub(super) fn masked(text: &str) -> String {
     let mut out = text.chars().collect::<Vec<_>>();
     mask_assignments(&mut out);
@@ -108,22 +108,29 @@ pub(super) fn masked(text: &str) -> String {
 }
 
 fn mask_assignments(text: &mut [char]) {
-    const WORD: [char; 4] = ['p', 'a', 's', 's'];
-    let mut at = 0;
-    while at + WORD.len() <= text.len() {
-        let word = (0..WORD.len()).all(|n| text[at + n].eq_ignore_ascii_case(&WORD[n]));
-        at += 1;
-        if !word {
+    let padding = |c: &char| matches!(c, ' ' | '\t' | '"' | '\'');
+    for sign in 0..text.len() {
+        if text[sign] != '=' {
             continue;
         }
-        let name_end = text[at..].iter().position(|c| !c.is_alphanumeric()).map_or(text.len(), |n| at + n);
-        let sign = text[name_end..].iter().position(|c| !matches!(c, ' ' | '\t' | '"' | '\''));
-        let Some(start) = sign.map(|n| name_end + n).filter(|start| text[*start] == '=') else { continue };
-        for character in text[start + 1..].iter_mut().skip_while(|c| matches!(c, ' ' | '"' | '\'')) {
-            *character = '*';
+        let before = text[..sign].iter().rev().skip_while(|c| padding(c));
+        let name: Vec<char> =
+            before.take_while(|c| c.is_alphanumeric() || matches!(c, '_' | '-')).copied().collect();
+        if is_secret(&name.into_iter().rev().collect::<String>().to_lowercase()) {
+            for character in text[sign + 1..].iter_mut().skip_while(|c| padding(c)) {
+                *character = '*';
+            }
+            return;
         }
-        return;
     }
+}
+
+/// Whether what is called so is probably a password, also when the word is misspelt. A file's name is none.
+fn is_secret(name: &str) -> bool {
+    const WORDS: [&str; 5] = ["pass", "pwd", "secret", "token", "credential"];
+    let near = |word: &str, far: usize| strsim::damerau_levenshtein(name, word) <= far;
+    let said = WORDS.iter().any(|word| name.contains(word)) || near("password", 2) || near("secret", 1);
+    said && !name.ends_with("_file")
 }
 
 fn mask_user_info(text: &mut [char]) {
@@ -261,6 +268,10 @@ mod tests {
             ("url = \"mqtt://me:hunter2@host\"", "url = \"mqtt://**********@host\""),
             ("password_file = \"broker.password\"", "password_file = \"broker.password\""),
             ("bypass and pass", "bypass and pass"),
+            ("pasword = \"hunter2\"", "pasword = \"********"),
+            ("a = 1, \"Paswort\" = 'x'", "a = 1, \"Paswort\" = '**"),
+            ("api_token=hunter2", "api_token=*******"),
+            ("address = 5", "address = 5"),
         ] {
             assert_eq!(masked(line), shown);
         }

@@ -5,6 +5,7 @@
 
 use std::collections::HashSet;
 use std::ops::RangeInclusive;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -184,7 +185,22 @@ impl<'a> Walk<'a> {
             return Some(beside);
         };
         let credential = credentials.map(|directory| Path::new(&directory).join(name));
-        Some(credential.filter(|path| path.is_file()).unwrap_or(beside))
+        let path = credential.filter(|path| path.is_file()).unwrap_or(beside);
+        self.keep_secret(section, key, &path);
+        Some(path)
+    }
+
+    /// What everybody may read is no secret. A file that is not there yet is for the connection to miss.
+    fn keep_secret(&mut self, section: Section<'_>, key: &str, path: &Path) {
+        let Some(entry) = section.table.get(key) else { return };
+        let mode = std::fs::metadata(path).map_or(0, |file| file.mode() & 0o777);
+        if mode & 0o007 != 0 {
+            let path = path.display();
+            let complaint =
+                Complaint::new(format!("{path} can be read by every user of this machine (mode {mode:03o})"));
+            let help = format!("run `chmod 640 {path}`, and give the file to the user fieldpost runs as");
+            self.wrong(entry.node.place, complaint.help(help));
+        }
     }
 
     /// The tables of an array of tables, their keys checked.

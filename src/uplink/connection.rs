@@ -3,6 +3,7 @@
 //! All it decides is when to connect and when to stop; what is sent and what it means is the session's.
 //! Invariant: whatever comes from the store carries its connection's number, and is thrown away on another.
 
+use std::io::Read;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,6 +17,7 @@ use super::backoff::{Backoff, Cause};
 use super::link::{self, ConnectError, Endpoint, Link, LinkError, Stream};
 use super::packet::{Connect, Packet, Protocol, ReasonCode};
 use super::presence::{Announcement, Heard, Presence};
+use super::secret::{self, Unusable};
 use super::session::{self, Carry, Counted, Event, Session, SessionError};
 use super::tls;
 use crate::clock;
@@ -153,6 +155,12 @@ enum End {
     Tls(#[from] tls::SetupError),
     #[error("cannot read the password file {path}: {source}; check [broker] password_file")]
     Password { path: PathBuf, source: std::io::Error },
+    #[error(
+        "password_file {path} can be read by every user of this machine (mode {mode:03o}): run `chmod 640 {path}`, \
+         and give the file to the user fieldpost runs as",
+        path = .path.display()
+    )]
+    PasswordOpen { path: PathBuf, mode: u32 },
     #[error("no CONNACK within {} s; is this an MQTT broker's port?", .0.as_secs())]
     NoConnack(Duration),
     #[error("{0}")]
@@ -456,8 +464,13 @@ impl Uplink {
         let password = match &settings.password_file {
             None => None,
             Some(path) => {
-                let read = std::fs::read_to_string(path);
-                let text = read.map_err(|source| End::Password { path: path.clone(), source })?;
+                let unreadable = |source| End::Password { path: path.clone(), source };
+                let mut file = secret::open(path).map_err(|error| match error {
+                    Unusable::Io(source) => unreadable(source),
+                    Unusable::Open { mode } => End::PasswordOpen { path: path.clone(), mode },
+                })?;
+                let mut text = String::new();
+                file.read_to_string(&mut text).map_err(unreadable)?;
                 Some(text.trim_end_matches(['\r', '\n']).to_owned())
             }
         };

@@ -3,9 +3,7 @@
 //! Invariant: the broker's certificate is always verified. There is no switch that turns it off, and a clock
 //! that is wrong only means that we try again.
 
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -15,6 +13,7 @@ use rustls::{AlertDescription, CertificateError, ClientConfig, Error, RootCertSt
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
+use super::secret::{self, Unusable};
 use crate::uplink::link::Metered;
 
 /// Encrypted bytes rustls may hold unsent. Small, for the same reason as the kernel's limit in `link`: what
@@ -311,12 +310,10 @@ fn certificates(what: &'static str, path: &Path) -> Result<Vec<CertificateDer<'s
 
 fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, SetupError> {
     let wrong = |why: String| SetupError::File { what: "key_file", path: path.to_owned(), why };
-    let mut file = File::open(path).map_err(|error| wrong(error.to_string()))?;
-    // Asked of the open file: the path may lead elsewhere a moment later.
-    let mode = file.metadata().map_err(|error| wrong(error.to_string()))?.mode() & 0o777;
-    if mode & 0o007 != 0 {
-        return Err(SetupError::KeyReadable { path: path.to_owned(), mode });
-    }
+    let mut file = secret::open(path).map_err(|error| match error {
+        Unusable::Io(error) => wrong(error.to_string()),
+        Unusable::Open { mode } => SetupError::KeyReadable { path: path.to_owned(), mode },
+    })?;
     PrivateKeyDer::from_pem_reader(&mut file).map_err(|error| wrong(pem_words(&error, "private key")))
 }
 

@@ -102,7 +102,7 @@ pub struct Agent {
     dir: TempDir,
     faults: Option<Faults>,
     env: Vec<(&'static str, OsString)>,
-    file_size: Option<u64>,
+    first: Option<String>,
     child: Option<Child>,
 }
 
@@ -117,7 +117,7 @@ impl Agent {
     /// Writes the configuration and starts nothing.
     pub fn prepared(config: &Config) -> Agent {
         let dir = TempDir::new().expect("a temporary directory");
-        let agent = Agent { dir, faults: None, env: Vec::new(), file_size: None, child: None };
+        let agent = Agent { dir, faults: None, env: Vec::new(), first: None, child: None };
         agent.configure(config);
         agent
     }
@@ -147,12 +147,12 @@ impl Agent {
         self.env.push((name, value.into()));
     }
 
-    /// Its next starts may write files of so many bytes, as after `ulimit -S -f`.
-    pub fn limit_file_size(&mut self, bytes: Option<u64>) {
-        self.file_size = bytes;
+    /// Before its next starts a shell runs this, `umask 0` for one.
+    pub fn run_first(&mut self, command: &str) {
+        self.first = Some(command.to_owned());
     }
 
-    /// Takes that limit from the running agent.
+    /// Takes the limit on file sizes from the running agent.
     pub fn raise_file_size(&self) {
         let pid = self.pid().and_then(|pid| i32::try_from(pid).ok()).and_then(Pid::from_raw);
         let unlimited = Rlimit { current: None, maximum: None };
@@ -186,11 +186,10 @@ impl Agent {
     }
 
     fn command(&self) -> Command {
-        let Some(bytes) = self.file_size else { return self.bare_command() };
+        let Some(first) = &self.first else { return self.bare_command() };
         let bare = self.bare_command();
         let mut command = Command::new("sh");
-        // In blocks of 512 bytes.
-        command.args(["-c", &format!("ulimit -S -f {} && exec \"$0\" \"$@\"", bytes / 512)]);
+        command.args(["-c", &format!("{first} && exec \"$0\" \"$@\"")]);
         command.arg(bare.get_program()).args(bare.get_args()).env_remove("FIELDPOST_LOG");
         command
     }
