@@ -430,6 +430,34 @@ fn a_read_only_file_system_is_named_and_left_behind_when_it_can_be_written_again
     outcome.assert_exactly_once();
 }
 
+/// As above, with no space for any write: what can be had of a full disk without mounting one.
+#[test]
+fn no_space_for_any_write_loses_and_doubles_nothing() {
+    let broker = mosquitto();
+    let mut agent = Agent::prepared(&Config::new(&broker.url()));
+    let shim = Shim::below(&mut agent);
+    agent.start_again();
+    let producer = Producer::start(agent.socket(), 2);
+    for _ in 0..3 {
+        let accepted = producer.accepted();
+        assert!(wait_until(PATIENCE, || producer.accepted() > accepted + 300), "{}", agent.tail());
+        shim.set(Switch::WriteError, i64::from(Errno::NOSPC.raw_os_error()));
+        let full =
+            |status: &Status| status.store.error.as_ref().is_some_and(|error| error.contains("is full"));
+        agent.expect(PATIENCE, "full", full);
+        assert!(!accepts(&agent));
+        shim.set(Switch::WriteError, 0);
+    }
+    let accepted = producer.accepted();
+    assert!(wait_until(PATIENCE, || producer.accepted() > accepted + 300), "{}", agent.tail());
+    let produced = producer.stop();
+    agent.expect_drained(PATIENCE);
+    assert!(agent.terminate().success());
+    let outcome = Outcome::logged(&produced, &broker.received());
+    println!("{outcome}");
+    outcome.assert_exactly_once();
+}
+
 #[test]
 fn a_read_only_file_system_at_the_start_is_named_and_ends_the_agent() {
     let Some(disk) = Disk::of("16m", "a read-only file system at the start") else { return };
