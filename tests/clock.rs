@@ -186,7 +186,10 @@ async fn a_gateway_that_starts_in_1970_connects_once_its_clock_is_set_and_correc
          points = [{{ name = \"a\", register = \"holding\", address = 7, type = \"u16\" }}]\n",
         meter.port
     );
-    let config = Config::new(&broker.url()).with("broker", &format!("ca_file = \"{ca_file}\"")).and(&lines);
+    let config = Config::new(&broker.url())
+        .with("broker", &format!("ca_file = \"{ca_file}\""))
+        .with("broker", "backoff_max = \"5min\"")
+        .and(&lines);
     let mut agent = Agent::prepared(&config);
     let shim = Shim::below(&mut agent);
     shim.set(Switch::ClockOffsetMs, offset_to(30_000));
@@ -208,10 +211,14 @@ async fn a_gateway_that_starts_in_1970_connects_once_its_clock_is_set_and_correc
     for client in ["values", "corrections"] {
         assert!(broker.wait_for_log(PATIENCE, &format!("Sending SUBACK to {client}")));
     }
+    let far = |status: &Status| status.link.retry_in_ms.is_some_and(|ms| ms > 5_000);
+    agent.expect(PATIENCE, "waiting for long", far);
     let wrong_by = -shim.get(Switch::ClockOffsetMs);
     shim.set(Switch::ClockOffsetMs, 0);
     shim.set(Switch::ClockState, 2);
-    let status = agent.expect(PATIENCE, "connected", |status| status.link.state == LinkState::Connected);
+    // Long before the next attempt was due: a clock that was set is a reason to try.
+    let status =
+        agent.expect(Duration::from_secs(4), "connected", |status| status.link.state == LinkState::Connected);
     assert!(!status.dropped.contains_key("expired"), "56 years passed by the wall clock only: {status:?}");
     assert!(
         status.link.state_age_ms < 60_000 && status.queue.iter().all(|l| l.oldest_age_ms < Some(600_000))

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::{mpsc, watch};
-use tokio::time::{Instant, sleep_until, timeout, timeout_at};
+use tokio::time::{Instant, interval, sleep_until, timeout, timeout_at};
 use tracing::{debug, error, info, warn};
 
 use super::backoff::{Backoff, Cause};
@@ -40,6 +40,8 @@ const GOODBYE: Duration = Duration::from_secs(2);
 const HASTY_GOODBYE: Duration = Duration::from_millis(300);
 /// No QoS 0 message is added to more unsent bytes than this: a broker that reads nothing costs no more memory.
 const QOS0_BEHIND_MAX_BYTES: usize = 1 << 20;
+/// How often a clock that is not right is looked at while waiting.
+const LOOK_AT_CLOCK: Duration = Duration::from_secs(1);
 /// A connection the broker closes sooner than this after another like it looks like a takeover.
 const SHORT_LIFE: Duration = Duration::from_secs(30);
 /// How many of those in a row are called one.
@@ -337,8 +339,12 @@ impl Uplink {
         self.set_state(LinkState::Waiting { until_mono_ms: now_ms + delay.as_millis() as u64 });
         debug!(delay_ms = delay.as_millis() as u64, "waiting before the next attempt to connect");
         let until = Instant::now() + delay;
+        let mut looks = interval(LOOK_AT_CLOCK);
+        let clock_was_right = clock::now().wall_is_right();
         loop {
             tokio::select! {
+                // A certificate may be good by a clock that has just been set.
+                _ = looks.tick(), if !clock_was_right => if clock::now().wall_is_right() { return },
                 Some(_) = self.qos0.recv() => self.stats.qos0_dropped.increment(),
                 Some(_) = self.announcements.recv() => {}
                 // Not the next change: the connection may have ended while it was being stopped.
