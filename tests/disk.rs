@@ -23,7 +23,7 @@ use device::TcpDevice;
 use fieldpost::clock;
 use fieldpost::control::wire::{Answer, Question, Status};
 use fieldpost::message::{Lane, Message, PacketId, Payload, Qos, Topic};
-use fieldpost::store::{Append, Batch, Faults, Handle, Settings, Store, Turn, Turned, WhenFull, spawn};
+use fieldpost::store::{Append, Batch, Handle, Settings, Store, Turn, Turned, spawn};
 use fieldpost::turn::{Change, Offer, OnSessionLoss};
 use rustix::io::Errno;
 use support::agent::{Agent, Config, fieldpost, publish, queued};

@@ -92,7 +92,14 @@ const LAYERS: &[Layer] = &[
     },
     Layer {
         name: "edge: link",
-        files: &["uplink", "uplink/link", "uplink/link/metered", "uplink/link/open", "uplink/secret", "uplink/tls"],
+        files: &[
+            "uplink",
+            "uplink/link",
+            "uplink/link/metered",
+            "uplink/link/open",
+            "uplink/secret",
+            "uplink/tls",
+        ],
         may: &["message", "stats", "uplink::packet", "uplink::link", "uplink::secret", "uplink::tls"],
         pure: false,
     },
