@@ -35,7 +35,7 @@ use crate::source::modbus::{self, LateReplies, Line, LinePoint, LineStatus, Unit
 use crate::stats::Stats;
 use crate::store::{self, Store, StoreError};
 use crate::uplink::connection::{self, LinkStatus, Stop, Uplink};
-use crate::uplink::packet::Protocol;
+use crate::uplink::packet;
 use crate::uplink::presence::Presence;
 use crate::uplink::session;
 
@@ -180,7 +180,7 @@ impl Agent {
     fn start(config: &Config, faults: Faults) -> Result<Self, AgentError> {
         let started = clock::now();
         let stats = Arc::new(Stats::default());
-        let store = Store::open(store_settings(config, faults))?;
+        let mut store = Store::open(store_settings(config, faults))?;
         let boot = store.boot().clone();
         let listener = control::bind(&config.control.socket)?;
         let speaker = Speaker {
@@ -190,6 +190,12 @@ impl Agent {
             instance: fastrand::u64(..),
         };
         let presence = Presence::new(&config.gateway.base_topic, speaker.clone())?;
+        let brokers = config.brokers().map(|broker| uplink_settings(config, broker, &speaker, faults));
+        let brokers = brokers.collect::<Result<Vec<_>, _>>()?;
+        let owners: Vec<_> = brokers.iter().map(connection::Settings::owner).collect();
+        let settled = store.keep_owners(&owners, config.broker.on_session_loss)?;
+        stats.possibly_doubled.add(settled.possibly_doubled);
+        stats.possibly_lost.add(settled.possibly_lost);
         let (store, store_thread) = store::spawn(store, Arc::clone(&stats))?;
 
         let (readings, from_lines) = mpsc::channel(READINGS_MAX);
@@ -226,9 +232,8 @@ impl Agent {
         let policy = Policy::new(&config.gateway.id, &clock::boot_id(), reporting.collect());
         pipeline.spawn(pipeline::run(policy, from_lines, store.clone(), qos0.clone(), Arc::clone(&stats)));
 
-        let uplink_settings = uplink_settings(config, speaker, faults)?;
         let task = Uplink::new(
-            uplink_settings,
+            brokers,
             store.clone(),
             Arc::clone(&stats),
             link_status,
@@ -254,6 +259,9 @@ impl Agent {
         reporter.spawn(task.run(asked, reporter_stopped));
         reporter.spawn(control::serve(listener, requests));
 
+        for warning in config.warnings() {
+            warn!("{warning}");
+        }
         info!(
             gateway = %config.gateway.id,
             boot = boot.boot,
@@ -365,10 +373,10 @@ pub(crate) fn store_settings(config: &Config, faults: Faults) -> store::Settings
 
 fn uplink_settings(
     config: &Config,
-    speaker: Speaker,
+    broker: &config::Broker,
+    speaker: &Speaker,
     faults: Faults,
 ) -> Result<connection::Settings, TopicError> {
-    let broker = &config.broker;
     let base = config.gateway.base_topic.clone();
     let ms = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
     let session = session::Settings {
@@ -377,6 +385,13 @@ fn uplink_settings(
         ack_timeout_ms: ms(broker.ack_timeout),
         max_in_flight: broker.max_in_flight,
         qos2_window: broker.qos2_window,
+        limits: packet::Limits {
+            max_qos: Some(broker.max_qos.number()),
+            retain_available: Some(broker.retain),
+            max_packet_bytes: broker.max_packet_out,
+            ..packet::Limits::default()
+        },
+        clean_start: broker.clean_start,
         on_session_loss: broker.on_session_loss,
         retry_refused_for_ms: ms(broker.retry_refused_for),
         canary: crate::message::Topic::new(&format!("{base}/canary"))?,
@@ -400,8 +415,10 @@ fn uplink_settings(
         backoff_max: broker.backoff_max,
         max_packet: broker.max_packet,
         will: broker.will,
+        failover_after: broker.failover_after,
+        failback_every: broker.failback_every,
         base,
-        speaker,
+        speaker: speaker.clone(),
         session,
     })
 }
@@ -441,16 +458,8 @@ fn writable_points(config: &Config) -> Vec<WritablePoint> {
 }
 
 fn facts(config: &Config, started: clock::Stamp) -> Facts {
-    let broker = &config.broker;
-    let scheme = if broker.tls.is_some() { "mqtts" } else { "mqtt" };
-    let host = if broker.host.contains(':') { format!("[{}]", broker.host) } else { broker.host.clone() };
     Facts {
         gateway: config.gateway.id.clone(),
-        broker: format!("{scheme}://{host}:{}", broker.port),
-        protocol: match broker.protocol {
-            Protocol::V5 => "5",
-            Protocol::V311 => "3.1.1",
-        },
         store_path: config.store.path.display().to_string(),
         health_interval: config.gateway.health_interval,
         boot_id: clock::boot_id(),

@@ -15,12 +15,13 @@ mod read;
 mod store;
 mod url;
 mod value;
+mod warn;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::message::Topic;
+use crate::message::{Qos, Topic};
 use crate::policy::Reporting;
 use crate::source::modbus::register::Encoding;
 use crate::source::modbus::{Space, Writable};
@@ -37,8 +38,10 @@ pub use place::{Problem, Problems, Spot};
 pub struct Config {
     /// `[gateway]`
     pub gateway: Gateway,
-    /// `[broker]`
+    /// `[broker]`, or the first `[[broker]]`
     pub broker: Broker,
+    /// The other `[[broker]]`, to fail over to, in the order of preference.
+    pub other_brokers: Vec<Broker>,
     /// `[store]`
     pub store: Store,
     /// `[replay]`
@@ -53,6 +56,19 @@ pub struct Config {
     pub modbus: Vec<ModbusLine>,
     /// Every point of every unit of every line, in the order of the file: [`crate::point::PointIndex`] counts here.
     pub points: Vec<Point>,
+}
+
+impl Config {
+    /// Every broker, in the order of preference.
+    pub fn brokers(&self) -> impl Iterator<Item = &Broker> {
+        std::iter::once(&self.broker).chain(&self.other_brokers)
+    }
+
+    /// What will not be done as the points ask for it, because the broker is configured not to have it; a sentence
+    /// each, for a person.
+    pub fn warnings(&self) -> Vec<String> {
+        warn::warnings(self)
+    }
 }
 
 /// Who we are.
@@ -113,6 +129,20 @@ pub struct Broker {
     pub retry_refused_for: Duration,
     /// Whether a Will is registered. Default yes.
     pub will: bool,
+    /// The highest QoS the broker takes; what asks for more is sent at this one. Default 2.
+    pub max_qos: Qos,
+    /// Whether the broker takes retained messages; what asks for it is otherwise sent without. Default yes.
+    pub retain: bool,
+    /// Largest packet the broker takes, where it cannot say so itself: larger messages become dead letters. 1 KiB to
+    /// 256 MiB; default: no limit but its own Maximum Packet Size.
+    pub max_packet_out: Option<u32>,
+    /// Whether each connection begins a new session, for brokers that keep none. Default no.
+    pub clean_start: bool,
+    /// How long it may fail before the next broker is tried, if there is one. Default 1 min, 1 s to 1 d.
+    pub failover_after: Duration,
+    /// While messages go here, how often the brokers before it are asked whether they are back. Default 5 min, 1 s to
+    /// 1 d.
+    pub failback_every: Duration,
 }
 
 /// Where messages wait.

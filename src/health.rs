@@ -42,10 +42,6 @@ const CORRECTIONS_MAX: usize = 64;
 pub struct Facts {
     /// The gateway's id.
     pub gateway: String,
-    /// The broker's URL without user name and password.
-    pub broker: String,
-    /// `5` or `3.1.1`.
-    pub protocol: &'static str,
     /// The database file.
     pub store_path: String,
     /// How often the health message is published.
@@ -159,9 +155,14 @@ impl Reporter {
     /// Says what has changed since it was last told, and what is due.
     async fn speak(&mut self, told: &mut Told) {
         let connected = self.link.borrow().state == LinkState::Connected;
+        let connects = self.stats.connects.get();
+        if !connected || told.connects != connects {
+            // A new connection is told everything anew: retained states may have been lost with the session, and it
+            // may be to another broker.
+            *told =
+                Told { gap_error: told.gap_error, damage: told.damage.take(), connects, ..Told::default() };
+        }
         if !connected {
-            // A new connection is told everything anew: retained states may have been lost with the session.
-            *told = Told { gap_error: told.gap_error, damage: told.damage.take(), ..Told::default() };
             return;
         }
         self.tell_units(told);
@@ -316,6 +317,7 @@ impl Reporter {
                 connects: self.stats.connects.get(),
                 connect_failures: self.stats.connect_failures.get(),
                 last_error: link.last_error.as_deref(),
+                downgrades: &link.downgrades,
             },
             queue: &queue,
             dropped: &dropped,
@@ -403,8 +405,8 @@ impl Reporter {
         wire::Link {
             state,
             state_age_ms: now.mono_ms.saturating_sub(link.since_mono_ms),
-            broker: self.facts.broker.clone(),
-            protocol: self.facts.protocol.into(),
+            broker: link.broker.clone(),
+            protocol: link.protocol.into(),
             session_present: link.session_present,
             last_error: link.last_error.clone(),
             retry_in_ms,
@@ -421,6 +423,8 @@ struct Told {
     units: BTreeMap<(String, String), bool>,
     health: Option<Instant>,
     gap_error: bool,
+    /// Connections there had been.
+    connects: u64,
     /// Told once, through the store: it needs no repetition.
     damage: Option<Damage>,
 }

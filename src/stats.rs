@@ -83,6 +83,12 @@ counters! {
     order_overtaken,
     /// Messages published at a lower QoS or without retain because the broker allows no more.
     downgraded,
+    /// Of those, at a lower QoS.
+    downgraded_qos,
+    /// Of those, without retain; presence and unit states too.
+    downgraded_retain,
+    /// Connections begun without a Will, or with one that is not retained.
+    downgraded_will,
     /// Messages of a backlog published without retain, because a newer one of their topic went before.
     retain_cleared,
     /// The same, where it is not known whether one did: there are too many topics.
@@ -123,6 +129,10 @@ counters! {
     connect_failures,
     /// Connections closed because the broker broke the protocol.
     protocol_errors,
+    /// Times the next broker of the list was tried because the one before had failed for too long.
+    failovers,
+    /// Times a broker that stands earlier in the list was back and messages went there again.
+    failbacks,
     /// Sessions the broker turned out to have lost.
     sessions_lost,
 }

@@ -484,8 +484,8 @@ impl Store {
         }
     }
 
-    /// What a new connection starts from: the owner is recorded, and whether "session present" can still
-    /// be believed. `unacked` are the QoS 1 messages the session still holds itself.
+    /// What a new connection starts from: the owner is recorded (broker and client identifier), and whether "session
+    /// present" can still be believed. `unacked` are the QoS 1 messages the session still holds itself.
     ///
     /// # Errors
     /// Nothing was done; see [`Store::commit`].
@@ -495,8 +495,20 @@ impl Store {
         policy: OnSessionLoss,
         unacked: &[(Lane, Seq)],
         now: Stamp,
-    ) -> Result<(Begin, Settled), StoreError> {
+    ) -> Result<Begin, StoreError> {
         self.transaction(|database| database.begin(owner, policy, unacked, now))
+    }
+
+    /// Forgets every session but those of these brokers and client identifiers.
+    ///
+    /// # Errors
+    /// Nothing was done; see [`Store::commit`].
+    pub fn keep_owners(
+        &mut self,
+        owners: &[(String, String)],
+        policy: OnSessionLoss,
+    ) -> Result<Settled, StoreError> {
+        self.transaction(|database| database.keep_owners(owners, policy))
     }
 
     /// Takes an epoch and a boot counter above those that were heard of, and asks for a clean start: the

@@ -16,6 +16,8 @@ pub enum RowState {
     Received = 2,
     /// Given up; waits for its PUBCOMP only, so that the packet identifier is free again.
     Abandoned = 3,
+    /// The message goes to another broker instead; waits for its PUBCOMP only, like [`RowState::Abandoned`].
+    Moved = 4,
 }
 
 /// What becomes of messages between PUBREC and PUBCOMP when the broker lost the session.
@@ -101,6 +103,9 @@ pub enum Change {
     /// The broker has a session, but not the one the rows belong to: rows are queued again by policy, and it must
     /// be discarded before anything is published.
     SessionReplaced(OnSessionLoss),
+    /// The rows mean nothing to this broker, which keeps no session or does no QoS 2: they are queued again by
+    /// policy. What may have left counts as possibly doubled, because nobody can say what became of it.
+    RowsVoid(OnSessionLoss),
     /// The broker's session is the one the rows belong to; the flags are cleared.
     SessionPresent,
     /// Whether the canary's echo came back after it was subscribed: only then does its absence prove anything.

@@ -108,6 +108,9 @@ fn the_defaults_are_those_of_the_reference_file() {
     assert_eq!((broker.backoff_max, broker.retry_refused_for), (300 * second, 86_400 * second));
     assert_eq!((broker.max_in_flight, broker.qos2_window, broker.max_packet), (1000, 1000, 256 << 10));
     assert_eq!((broker.on_session_loss, broker.will), (OnSessionLoss::Republish, true));
+    assert_eq!((broker.failover_after, broker.failback_every), (60 * second, 300 * second));
+    assert_eq!((broker.max_qos, broker.retain, broker.clean_start), (Qos::ExactlyOnce, true, false));
+    assert_eq!(broker.max_packet_out, None);
     assert!(broker.tls.is_none());
     assert_eq!((config.store.quota, config.store.when_full), (512 << 20, WhenFull::DropOldest));
     assert_eq!((config.replay, config.budget), (Replay::default(), None));
@@ -116,6 +119,57 @@ fn the_defaults_are_those_of_the_reference_file() {
     assert_eq!(config.store.path, Path::new("/var/lib/fieldpost/outbox.db"));
     assert_eq!(config.control.socket, Path::new("/var/lib/fieldpost/control.sock"));
     assert!(config.modbus.is_empty() && config.points.is_empty());
+}
+
+#[test]
+fn what_points_ask_for_and_the_broker_does_not_have_is_a_warning_and_no_problem() {
+    let line = "[[modbus]]\nname = \"l\"\ntransport = \"tcp\"\nhost = \"h\"\n[[modbus.unit]]\nname = \"u\"\nunit = 1\n\
+                points = [\n{ name = \"a\", register = \"input\", type = \"u16\", address = 0, qos = 2, retain = true, topic = \"a\" },\n\
+                { name = \"b\", register = \"input\", type = \"u16\", address = 1, qos = 2, topic = \"b\" },\n\
+                { name = \"c\", register = \"input\", type = \"u16\", address = 2, topic = \"c\" }]\n";
+    assert_eq!(good(&format!("{SMALLEST}{line}")).warnings(), [""; 0]);
+    let less = "max_qos = 1\nretain = false\nwill = false\nclean_start = true\n";
+    let warnings = good(&format!("{SMALLEST}{less}{line}")).warnings();
+    assert_eq!(
+        warnings,
+        [
+            "[broker] max_qos = 1, but l/u/a and 1 more ask for more: sent at QoS 1",
+            "[broker] retain = false, but l/u/a asks for it: sent without",
+            "[broker] retain = false: the broker keeps neither presence nor unit states",
+            "[broker] will = false: the broker does not say when the gateway is lost",
+            "[broker] clean_start = true: commands sent during an outage are lost",
+        ]
+    );
+    let never = good(&format!("{SMALLEST}max_qos = 0\n{line}")).warnings();
+    assert_eq!(never[0], "[broker] max_qos = 0, but l/u/a and 2 more ask for more: sent at QoS 0");
+    assert!(never[1].contains("whether it arrives or not"), "{never:?}");
+    let clean = good(&format!("{SMALLEST}clean_start = true\n")).warnings();
+    assert!(clean[0].contains("QoS 2 messages in flight when a link breaks may arrive twice"), "{clean:?}");
+}
+
+#[test]
+fn several_brokers_are_a_list_in_the_order_of_preference_each_with_its_own_settings() {
+    let gateway = "[gateway]\nid = \"gw\"\n";
+    let second = "[[broker]]\nurl = \"mqtts://b\"\nmax_qos = 1\nfailback_every = \"10min\"\n";
+    let config =
+        good(&format!("{gateway}[[broker]]\nurl = \"mqtt://a\"\nfailover_after = \"2min\"\n{second}"));
+    let told: Vec<_> = config.brokers().map(|b| (b.host.as_str(), b.port, b.max_qos.number())).collect();
+    assert_eq!(told, [("a", 1883, 2), ("b", 8883, 1)]);
+    let minute = Duration::from_secs(60);
+    let patience: Vec<_> = config.brokers().map(|b| (b.failover_after, b.failback_every)).collect();
+    assert_eq!(patience, [(2 * minute, 5 * minute), (minute, 10 * minute)]);
+    assert!(good(SMALLEST).other_brokers.is_empty());
+    let twice = bad(&format!("{gateway}{second}{second}")).to_string();
+    assert!(
+        twice.contains(
+            "f.toml:7:1: this broker is there already, with the same client_id; first at f.toml:3:1"
+        ),
+        "{twice}"
+    );
+    good(&format!("{gateway}{second}{second}client_id = \"other\"\n"));
+    let none = bad(&format!("broker = []\n{gateway}")).to_string();
+    assert!(none.contains("f.toml:1:10: expected a table [broker]"), "{none}");
+    assert!(bad(&format!("broker = [1]\n{gateway}")).to_string().contains("f.toml:1:11"));
 }
 
 #[test]

@@ -110,7 +110,7 @@ fn hand_out(store: &mut Store, first_id: u16) -> Vec<u32> {
 
 /// Everything a salvaged store still hands out, checked to be what was stored, in order.
 fn drain(store: &mut Store) -> BTreeSet<u32> {
-    let (begin, _) = store.begin(("b", "c"), OnSessionLoss::Republish, &[], clock::now()).unwrap();
+    let begin = store.begin(("b", "c"), OnSessionLoss::Republish, &[], clock::now()).unwrap();
     assert!(begin.resume.is_empty(), "a salvaged database knows of no session");
     assert!(begin.clean_start_needed);
     commit(
@@ -228,7 +228,7 @@ fn an_unclean_stop_alone_costs_nothing() {
     let folder = filled(false);
     let mut store = Store::open(settings(folder.path())).unwrap();
     assert_eq!(store.look(clock::now()).unwrap().damage, None);
-    let (begin, _) = store.begin(("b", "c"), OnSessionLoss::Republish, &[], clock::now()).unwrap();
+    let begin = store.begin(("b", "c"), OnSessionLoss::Republish, &[], clock::now()).unwrap();
     assert_eq!(begin.resume.len(), 10);
     let others = offer_from(3000, 5000);
     let taken = store.commit(Batch { offer: Some(others), ..Batch::default() }, clock::now()).unwrap().taken;

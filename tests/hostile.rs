@@ -415,7 +415,7 @@ fn a_refused_connect_is_named_with_what_to_check_on_5() {
         (0x8C, "Bad authentication method (0x8C)"),
         (0x95, "Packet too large (0x95)"),
         (0x97, "Quota exceeded (0x97)"),
-        (0x9A, "Retain not supported; set [broker] will = false (0x9A)"),
+        (0x9A, "Retain not supported; set [broker] retain = false (0x9A)"),
         (0x9C, "Use another server (0x9C)"),
         (0x9F, "Connection rate exceeded (0x9F)"),
     ] {

@@ -227,7 +227,7 @@ fn a_quota_full_agent_still_records_pubrecs_commands_answers_and_gap_records() {
         fill(&mut store);
         let look = store.look(clock::now()).unwrap();
         assert!(look.used_bytes + 4200 > QUOTA && look.rows > 200, "{look:?}");
-        let begin_again = store.begin(("b", "c"), OnSessionLoss::Republish, &[], clock::now()).unwrap().0;
+        let begin_again = store.begin(("b", "c"), OnSessionLoss::Republish, &[], clock::now()).unwrap();
         let rows = begin_again.resume.len();
         let Some(fieldpost::turn::Resume::Row { id, .. }) = begin_again.resume.first() else {
             panic!("no rows")
@@ -255,7 +255,7 @@ fn a_quota_full_agent_still_records_pubrecs_commands_answers_and_gap_records() {
         assert_eq!(committed.appends, [Ok(())], "{when_full:?}");
         drop(store);
         let mut store = open_with(folder.path(), when_full);
-        let resumed = store.begin(("b", "c"), OnSessionLoss::Republish, &[], clock::now()).unwrap().0;
+        let resumed = store.begin(("b", "c"), OnSessionLoss::Republish, &[], clock::now()).unwrap();
         assert_eq!(resumed.resume.len(), rows - 1, "{when_full:?}");
         let alarms =
             take(&mut store, 10).into_iter().filter(|taken| taken.record.lane == Lane::Alarm).count();

@@ -60,6 +60,7 @@ const LAYERS: &[Layer] = &[
         pure: true,
     },
     Layer { name: "back-off", files: &["uplink/backoff"], may: &[], pure: true },
+    Layer { name: "choice of brokers", files: &["uplink/choice"], may: &[], pure: true },
     Layer {
         name: "presence",
         files: &["uplink/presence"],

@@ -81,7 +81,7 @@ fn done(store: &mut Store, taken: &[Taken]) {
 }
 
 fn begin(store: &mut Store) -> Begin {
-    let begin = store.begin(("b", "c"), OnSessionLoss::Republish, &[], START).unwrap().0;
+    let begin = store.begin(("b", "c"), OnSessionLoss::Republish, &[], START).unwrap();
     if begin.clean_start_needed {
         let changes = vec![Change::SessionAbsent(OnSessionLoss::Republish)];
         store.commit(Batch { changes, ..Batch::default() }, START).unwrap();

@@ -64,7 +64,7 @@ fn settle(store: &mut Store, changes: Vec<Change>) -> Committed {
 }
 
 fn begin(store: &mut Store, broker: &str) -> Begin {
-    store.begin((broker, "client"), OnSessionLoss::Republish, &[], clock::now()).unwrap().0
+    store.begin((broker, "client"), OnSessionLoss::Republish, &[], clock::now()).unwrap()
 }
 
 fn payloads(taken: &[Taken]) -> Vec<String> {
@@ -167,19 +167,119 @@ fn a_new_database_asks_for_a_clean_start() {
 }
 
 #[test]
-fn another_broker_or_client_id_takes_the_rows_back_before_connect() {
+fn a_broker_that_is_not_configured_any_more_is_forgotten_and_its_rows_are_queued_again() {
     let folder = tempfile::tempdir().unwrap();
-    let mut store = open(folder.path());
+    let mut store = at_broker_one(folder.path());
+    let owners = ["two", "three"].map(|broker| (broker.to_owned(), "client".to_owned()));
+    let settled = store.keep_owners(&owners, OnSessionLoss::Republish).unwrap();
+    assert_eq!(settled.possibly_doubled, 2, "either may have been there");
+    let two = begin(&mut store, "two");
+    assert!(two.clean_start_needed && two.resume.is_empty() && !two.session_uncertain);
+    settle(&mut store, vec![Change::SessionAbsent(OnSessionLoss::Republish)]);
+    assert_eq!(payloads(&take(&mut store, 2000, 5)), ["0", "1"]);
+    let one = begin(&mut store, "one");
+    assert!(one.clean_start_needed && one.resume.is_empty(), "nothing is known of it any more");
+}
+
+/// A store whose broker `one` has two messages: 2000 after PUBREC, 2001 published.
+fn at_broker_one(folder: &Path) -> Store {
+    let mut store = open(folder);
     begin(&mut store, "one");
     settle(&mut store, vec![Change::SessionAbsent(OnSessionLoss::Republish)]);
     accept(&mut store, texts("t", Qos::ExactlyOnce, 0..2));
     take(&mut store, 2000, 2);
-    settle(&mut store, vec![Change::Received(id(2000))]);
-    let (begin, settled) =
-        store.begin(("two", "client"), OnSessionLoss::Republish, &[], clock::now()).unwrap();
-    assert!(begin.clean_start_needed && begin.resume.is_empty() && !begin.session_uncertain);
-    assert_eq!(settled.possibly_doubled, 1, "the one after PUBREC");
-    assert_eq!(payloads(&take(&mut store, 2002, 5)), ["0", "1"]);
+    settle(&mut store, vec![Change::Received(id(2000)), Change::Canary { proven: true }]);
+    store
+}
+
+fn inbound(text: &'static str) -> Inbound {
+    Inbound {
+        topic: Topic::new("cmd").unwrap(),
+        payload: Bytes::from_static(text.as_bytes()),
+        qos: Qos::ExactlyOnce,
+        retain: false,
+        response_topic: None,
+        correlation_data: None,
+    }
+}
+
+/// Identifiers and states of what is to be resumed.
+fn states(begin: &Begin) -> Vec<(u16, RowState)> {
+    let state = |resume: &Resume| match resume {
+        Resume::Row { id, state, .. } => (id.get(), *state),
+        Resume::Older(record) => panic!("{record:?}"),
+    };
+    begin.resume.iter().map(state).collect()
+}
+
+#[test]
+fn nothing_moves_to_another_broker_before_it_has_answered() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut store = at_broker_one(folder.path());
+    let held = vec![(2000, RowState::Received), (2001, RowState::Published)];
+    for crash in [false, true] {
+        if crash {
+            drop(store);
+            store = open(folder.path());
+        }
+        let two = begin(&mut store, "two");
+        assert!(two.clean_start_needed && two.resume.is_empty() && !two.session_uncertain);
+        let one = begin(&mut store, "one");
+        assert_eq!(states(&one), held, "there was no way to the other one");
+        assert!(one.session_uncertain && one.canary_proven && !one.clean_start_needed);
+    }
+    begin(&mut store, "two");
+    settle(&mut store, vec![Change::SessionReplaced(OnSessionLoss::Republish)]);
+    assert_eq!(states(&begin(&mut store, "one")), held, "nor to one whose session has to go first");
+}
+
+#[test]
+fn what_moves_to_another_broker_is_counted_and_its_identifiers_are_freed_on_return() {
+    for (policy, texts, lost) in
+        [(OnSessionLoss::Republish, vec!["0", "1"], 0), (OnSessionLoss::Drop, vec!["1"], 1)]
+    {
+        for verdict in [Change::SessionAbsent(policy), Change::SessionPresent, Change::RowsVoid(policy)] {
+            let folder = tempfile::tempdir().unwrap();
+            let mut store = at_broker_one(folder.path());
+            store.begin(("two", "client"), policy, &[], clock::now()).unwrap();
+            let settled = settle(&mut store, vec![verdict]).settled;
+            assert_eq!((settled.possibly_doubled, settled.possibly_lost), (2 - lost, lost));
+            // The same identifiers, at another owner.
+            assert_eq!(payloads(&take(&mut store, 2000, 5)), texts);
+            drop(store);
+            let mut store = open(folder.path());
+            let one = begin(&mut store, "one");
+            assert_eq!(states(&one), [(2000, RowState::Moved), (2001, RowState::Moved)]);
+            assert!(one.session_uncertain && one.canary_proven && !one.clean_start_needed);
+            // What waits at the second one is not handed out at the first before that has answered, and not lost.
+            assert_eq!(payloads(&take(&mut store, 3000, 5)), [""; 0]);
+            let settled = settle(&mut store, vec![Change::SessionPresent]).settled;
+            assert_eq!(settled.possibly_doubled, 2 - lost);
+            let completed = [2000, 2001].map(id).map(Change::Completed);
+            let settled = settle(&mut store, completed.to_vec()).settled;
+            assert_eq!((settled.delivered, settled.abandoned), (0, 0), "counted when they moved");
+            assert_eq!(payloads(&take(&mut store, 3000, 5)), texts);
+            assert_eq!(states(&begin(&mut store, "two")).len(), texts.len(), "moved in their turn");
+        }
+    }
+}
+
+#[test]
+fn inbound_identifiers_and_flags_are_each_owners_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut store = open(folder.path());
+    let open_at = |store: &mut Store, broker: &str| begin(store, broker).rx_open;
+    begin(&mut store, "one");
+    let opened = Change::InboundOpened { id: id(7), hash: 1, inbound: inbound("x") };
+    settle(&mut store, vec![Change::SessionAbsent(OnSessionLoss::Republish), opened]);
+    assert_eq!(open_at(&mut store, "two"), []);
+    let opened = Change::InboundOpened { id: id(7), hash: 2, inbound: inbound("y") };
+    settle(&mut store, vec![Change::SessionAbsent(OnSessionLoss::Republish), opened]);
+    assert_eq!(open_at(&mut store, "one"), [(id(7), 1)]);
+    settle(&mut store, vec![Change::InboundReleased(id(7))]);
+    assert_eq!((open_at(&mut store, "one"), open_at(&mut store, "two")), (vec![], vec![(id(7), 2)]));
+    settle(&mut store, vec![Change::SessionReplaced(OnSessionLoss::Republish)]);
+    assert!(begin(&mut store, "two").clean_start_needed && !begin(&mut store, "one").clean_start_needed);
 }
 
 #[test]
@@ -426,14 +526,7 @@ fn a_full_queue_that_rejects_still_records_everything_else() {
     assert!(matches!(refusal, NotAccepted::QuotaFull { .. }), "{refusal}");
     assert!(accepted > 5);
     take(&mut store, 2000, 3);
-    let inbound = Inbound {
-        topic: Topic::new("cmd").unwrap(),
-        payload: Bytes::from_static(b"{}"),
-        qos: Qos::ExactlyOnce,
-        retain: false,
-        response_topic: None,
-        correlation_data: None,
-    };
+    let inbound = inbound("{}");
     settle(
         &mut store,
         vec![Change::Received(id(2000)), Change::InboundOpened { id: id(7), hash: 9, inbound }],
@@ -480,14 +573,7 @@ fn an_inbound_message_and_its_open_identifier_survive_together() {
     let folder = tempfile::tempdir().unwrap();
     let mut store = open(folder.path());
     begin(&mut store, "");
-    let inbound = Inbound {
-        topic: Topic::new("cmd").unwrap(),
-        payload: Bytes::from_static(b"{}"),
-        qos: Qos::ExactlyOnce,
-        retain: false,
-        response_topic: None,
-        correlation_data: None,
-    };
+    let inbound = inbound("{}");
     settle(&mut store, vec![Change::InboundOpened { id: id(7), hash: 99, inbound }]);
     drop(store);
     let mut store = open(folder.path());
@@ -608,4 +694,24 @@ fn no_other_program_can_read_the_database_and_make_its_log_grow() {
     }
     println!("after 200,000 messages the log never was longer than {longest} bytes");
     assert!(longest < 2 << 20, "{longest}");
+}
+
+#[test]
+fn rows_of_an_older_schema_belong_to_the_session_they_had() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("outbox.db");
+    std::fs::write(&path, include_bytes!("data/store/schema_1.sqlite")).unwrap();
+    let old = rusqlite::Connection::open(&path).unwrap();
+    old.execute_batch(
+        "UPDATE session SET broker = 'b', client_id = 'client', clean_start = 0, canary = 1;
+         INSERT OR REPLACE INTO inflight VALUES (2000, 1, 99, 1, 2);
+         INSERT INTO rx_open VALUES (7, x'05000000000000000000000000000000');",
+    )
+    .unwrap();
+    old.close().unwrap();
+    let mut store = open(folder.path());
+    let begun = begin(&mut store, "b");
+    assert!(begun.session_uncertain && begun.canary_proven && !begun.clean_start_needed);
+    assert!(states(&begun).contains(&(2000, RowState::Received)), "{:?}", begun.resume);
+    assert_eq!(begun.rx_open, [(id(7), 5)]);
 }

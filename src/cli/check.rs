@@ -27,14 +27,19 @@ fn summary(path: &Path, config: &Config) -> String {
     let units = config.modbus.iter().map(|line| line.units.len()).sum::<usize>();
     let counts =
         [count(config.modbus.len(), "line"), count(units, "unit"), count(config.points.len(), "point")];
-    let broker = &config.broker;
-    let scheme = if broker.tls.is_some() { "mqtts" } else { "mqtt" };
-    let brackets = if broker.host.contains(':') { ("[", "]") } else { ("", "") };
     let mut out = format!("{}: no problems\n", path.display());
     // Writing to a string cannot fail.
     let _ = writeln!(out, "  gateway  {}", config.gateway.id);
-    let _ =
-        writeln!(out, "  broker   {scheme}://{}{}{}:{}", brackets.0, broker.host, brackets.1, broker.port);
+    for (place, broker) in config.brokers().enumerate() {
+        let scheme = if broker.tls.is_some() { "mqtts" } else { "mqtt" };
+        let brackets = if broker.host.contains(':') { ("[", "]") } else { ("", "") };
+        let what = if place == 0 { "broker" } else { "or else" };
+        let _ = writeln!(
+            out,
+            "  {what:<8} {scheme}://{}{}{}:{}",
+            brackets.0, broker.host, brackets.1, broker.port
+        );
+    }
     let _ = writeln!(out, "  store    {}", config.store.path.display());
     let _ = writeln!(out, "  modbus   {}", counts.join(", "));
     for line in &config.modbus {
@@ -45,6 +50,9 @@ fn summary(path: &Path, config: &Config) -> String {
         let points = line.units.iter().map(|unit| unit.points.len()).sum::<usize>();
         let inside = [count(line.units.len(), "unit"), count(points, "point")].join(", ");
         let _ = writeln!(out, "    {}: {how}: {inside}", line.name);
+    }
+    for warning in config.warnings() {
+        let _ = writeln!(out, "  warning  {warning}");
     }
     out
 }

@@ -5,12 +5,14 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::check::{DAY, EVER, MINUTE, SECOND};
+use super::place::Place;
 use super::quantity;
 use super::read::{Placed, Section, Walk};
 use super::url::{self, Url};
 use super::value::{self, Complaint};
 use super::{Broker, OnSessionLoss, Tls};
-use crate::config::raw::Value;
+use crate::config::raw::{self, Value};
+use crate::message::Qos;
 use crate::uplink::packet::Protocol;
 
 const PORT: u16 = 1883;
@@ -22,8 +24,11 @@ const SESSION_EXPIRY: RangeInclusive<Duration> = SECOND..=EVER;
 const CONNECT_TIMEOUT: RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(600);
 const ACK_TIMEOUT: RangeInclusive<Duration> = Duration::from_millis(100)..=DAY;
 const BACKOFF_MAX: RangeInclusive<Duration> = Duration::from_millis(100)..=DAY;
+const TURN: RangeInclusive<Duration> = SECOND..=DAY;
 const RETRY_REFUSED: RangeInclusive<Duration> = Duration::ZERO..=EVER;
 const MAX_PACKET: RangeInclusive<u64> = 4 << 10..=16 << 20;
+/// A Remaining Length has four bytes at most (MQTT 5.0 section 1.5.5).
+const MAX_PACKET_OUT: RangeInclusive<u64> = 1 << 10..=256 << 20;
 const MAX_PACKET_DEFAULT: u32 = 256 << 10;
 const WINDOW_DEFAULT: u16 = 1000;
 /// mosquitto's default configuration answers the 21st QoS 2 PUBLISH with a PUBREC it has not stored (measured).
@@ -40,7 +45,35 @@ const PROTOCOLS: [value::Choice<Protocol>; 2] =
 const SESSION_LOSS: [value::Choice<OnSessionLoss>; 2] =
     [("republish", OnSessionLoss::Republish, &["resend"]), ("drop", OnSessionLoss::Drop, &["discard"])];
 
-pub(super) fn broker(walk: &mut Walk<'_>, section: Section<'_>, gateway: &str) -> Broker {
+/// `[broker]`, or every `[[broker]]` in the order of preference: at least one.
+pub(super) fn brokers(walk: &mut Walk<'_>, root: Section<'_>, gateway: &str) -> (Broker, Vec<Broker>) {
+    let several = |value: &Value| matches!(value, Value::Array(brokers) if !brokers.is_empty());
+    if !root.table.get("broker").is_some_and(|entry| several(&entry.node.value)) {
+        let section = walk.section(root, "broker", &raw::BROKER, true);
+        return (broker(walk, section, gateway), Vec::new());
+    }
+    let sections = walk.tables(root, "broker", &raw::BROKER);
+    let mut brokers = Vec::<(Broker, Place)>::new();
+    for section in sections {
+        let (broker, place) = (broker(walk, section, gateway), section.table.place);
+        let owner = |broker: &Broker| (broker.host.clone(), broker.port, broker.client_id.clone());
+        let same =
+            brokers.iter().find(|(other, _)| !broker.host.is_empty() && owner(other) == owner(&broker));
+        if let Some((_, first)) = same {
+            let message = "this broker is there already, with the same client_id".to_owned();
+            walk.clash(place, message, *first, "remove one of the two");
+        }
+        brokers.push((broker, place));
+    }
+    let mut brokers = brokers.into_iter().map(|(broker, _)| broker);
+    match brokers.next() {
+        Some(first) => (first, brokers.collect()),
+        // None of them was a table, which has been told.
+        None => (broker(walk, Section { table: root.table, keys: &raw::BROKER }, gateway), Vec::new()),
+    }
+}
+
+fn broker(walk: &mut Walk<'_>, section: Section<'_>, gateway: &str) -> Broker {
     let around = walk.around;
     let url = walk.need(section, "url", |value| url::url(&value::substitute(value::text(value)?, around)?));
     let protocol = walk.get(section, "protocol", |value| value::choice(value, &PROTOCOLS));
@@ -49,6 +82,8 @@ pub(super) fn broker(walk: &mut Walk<'_>, section: Section<'_>, gateway: &str) -
     let session_loss = walk.get(section, "on_session_loss", |value| value::choice(value, &SESSION_LOSS));
     let max_packet = walk.get(section, "max_packet", |value| quantity::size(value, MAX_PACKET));
     let max_packet = max_packet.and_then(|bytes| u32::try_from(bytes.value).ok());
+    let max_packet_out = walk.get(section, "max_packet_out", |value| quantity::size(value, MAX_PACKET_OUT));
+    let max_qos = walk.get(section, "max_qos", max_qos);
     let tls = tls(walk, section, url.as_ref());
     let url = url.map_or_else(|| Url { tls: false, host: String::new(), port: None }, |url| url.value);
     Broker {
@@ -70,6 +105,12 @@ pub(super) fn broker(walk: &mut Walk<'_>, section: Section<'_>, gateway: &str) -
         on_session_loss: session_loss.map_or(OnSessionLoss::Republish, |policy| policy.value),
         retry_refused_for: walk.duration(section, "retry_refused_for", RETRY_REFUSED, DAY),
         will: walk.get(section, "will", value::boolean).is_none_or(|will| will.value),
+        max_qos: max_qos.map_or(Qos::ExactlyOnce, |qos| qos.value),
+        retain: walk.get(section, "retain", value::boolean).is_none_or(|retain| retain.value),
+        max_packet_out: max_packet_out.and_then(|bytes| u32::try_from(bytes.value).ok()),
+        failover_after: walk.duration(section, "failover_after", TURN, MINUTE),
+        failback_every: walk.duration(section, "failback_every", TURN, 5 * MINUTE),
+        clean_start: walk.get(section, "clean_start", value::boolean).is_some_and(|clean| clean.value),
     }
 }
 
@@ -85,6 +126,11 @@ fn windows(walk: &mut Walk<'_>, section: Section<'_>, protocol: Protocol) -> (u1
         Protocol::V311 => WINDOW_QOS2_V311,
     };
     (max_in_flight, window("qos2_window").unwrap_or(qos2_default.min(max_in_flight)))
+}
+
+fn max_qos(value: &Value) -> Result<Qos, Complaint> {
+    let number = value::integer(value, 0..=2)?;
+    Ok(u64::try_from(number).ok().and_then(Qos::from_number).unwrap_or(Qos::ExactlyOnce))
 }
 
 /// A text that goes into CONNECT, with `{hostname}` and `${NAME}` replaced.

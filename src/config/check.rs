@@ -148,8 +148,7 @@ fn whole(walk: &mut Walk<'_>, root: &raw::Table) -> Config {
     let root = Section { table: root, keys: &ROOT };
     let section = walk.section(root, "gateway", &GATEWAY, true);
     let gateway = gateway(walk, section);
-    let section = walk.section(root, "broker", &raw::BROKER, true);
-    let broker = super::broker::broker(walk, section, &gateway.id);
+    let (broker, other_brokers) = super::broker::brokers(walk, root, &gateway.id);
     let section = walk.section(root, "store", &STORE, false);
     let store = super::store::store(walk, section);
     let store_place = section.table.get("path").map_or(section.table.place, |entry| entry.node.place);
@@ -163,7 +162,7 @@ fn whole(walk: &mut Walk<'_>, root: &raw::Table) -> Config {
     let section = walk.section(root, "commands", &COMMANDS, false);
     let commands = super::commands::commands(walk, section, &gateway.id, &gateway.base_topic);
     let (modbus, points) = super::modbus::lines(walk, root, &gateway.id);
-    Config { gateway, broker, store, replay, budget, control, commands, modbus, points }
+    Config { gateway, broker, other_brokers, store, replay, budget, control, commands, modbus, points }
 }
 
 fn gateway(walk: &mut Walk<'_>, section: Section<'_>) -> Gateway {

@@ -357,6 +357,8 @@ pub struct LinkHealth<'a> {
     pub connect_failures: u64,
     /// Why the last connection or attempt ended.
     pub last_error: Option<&'a str>,
+    /// What the broker does not allow and is done differently, in words.
+    pub downgrades: &'a [String],
 }
 
 /// One lane, as the health message tells it.
@@ -456,6 +458,7 @@ fn link_health(link: &LinkHealth<'_>) -> Object {
         .number("connects", link.connects)
         .number("connect_failures", link.connect_failures)
         .optional_text("last_error", link.last_error)
+        .optional_text("not_as_asked", Some(&*link.downgrades.join("; ")).filter(|words| !words.is_empty()))
 }
 
 fn store_health(store: &StoreHealth<'_>) -> Object {
@@ -787,7 +790,13 @@ mod tests {
             at: AT,
             uptime_s: 3600,
             epoch: 3,
-            link: LinkHealth { up_s: Some(60), connects: 2, connect_failures: 1, last_error: Some("\"x\"") },
+            link: LinkHealth {
+                up_s: Some(60),
+                connects: 2,
+                connect_failures: 1,
+                last_error: Some("\"x\""),
+                downgrades: &["no retain".into(), "QoS 1 at most".into()],
+            },
             queue: &lanes,
             dropped: &[("quota", 4)],
             dead_letters: 1,
@@ -806,7 +815,8 @@ mod tests {
             concat!(
                 r#"{"v":1,"gateway":"press-shop-1","version":"0.1.0","boot":7,"epoch":3,"#,
                 r#""at":"2026-11-21T10:00:00.123Z","clock":"ok","uptime_s":3600,"#,
-                r#""link":{"state":"up","up_s":60,"connects":2,"connect_failures":1,"last_error":"\"x\""},"#,
+                r#""link":{"state":"up","up_s":60,"connects":2,"connect_failures":1,"last_error":"\"x\"","#,
+                r#""not_as_asked":"no retain; QoS 1 at most"},"#,
                 r#""queue":{"alarm":{"messages":0,"bytes":0},"#,
                 r#""normal":{"messages":5,"bytes":1000,"oldest_age_s":61}},"#,
                 r#""dropped":{"quota":4},"dead_letters":1,"#,

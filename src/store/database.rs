@@ -280,7 +280,8 @@ impl Database {
         }
         let pace = self.outbox.pace();
         let newest = self.inbox.newest();
-        (self.outbox, self.session, self.inbox) = load(&self.db, &self.settings)?;
+        let (outbox, session, inbox) = load(&self.db, &self.settings)?;
+        (self.outbox, self.session, self.inbox) = (outbox, session.continued(&self.session), inbox);
         (self.boot.epoch, self.boot.boot) =
             self.db.query_row("SELECT epoch, boot FROM meta", [], |row| Ok((row.get(0)?, row.get(1)?)))?;
         self.inbox.go_on_above(newest);
@@ -308,13 +309,20 @@ impl Database {
         policy: OnSessionLoss,
         unacked: &[(Lane, Seq)],
         now: Stamp,
-    ) -> Sql<(Begin, Settled)> {
-        let mut settled = Settled::default();
+    ) -> Sql<Begin> {
         self.outbox.all_is_backlog();
-        self.session.begin(&self.db, &mut self.outbox, owner, policy, &mut settled)?;
+        self.session.begin(&self.db, owner, policy)?;
         let begin = self.session.resume(&self.db, &mut self.outbox, unacked, &self.boot, now)?;
         self.outbox.write_changes(&self.db)?;
-        Ok((begin, settled))
+        Ok(begin)
+    }
+
+    /// See [`super::Store::keep_owners`].
+    pub(super) fn keep_owners(&mut self, owners: &[(String, String)], policy: OnSessionLoss) -> Sql<Settled> {
+        let mut settled = Settled::default();
+        self.session.keep_owners(&self.db, &mut self.outbox, owners, policy, &mut settled)?;
+        self.outbox.write_changes(&self.db)?;
+        Ok(settled)
     }
 
     /// See [`super::Store::disown`].
@@ -556,8 +564,8 @@ fn check_identity(db: &Connection, path: &Path) -> Result<(), StoreError> {
     Ok(())
 }
 
-/// A new database knows of no session, so whatever the broker holds under our name must be discarded:
-/// `clean_start` is set in the transaction that makes it.
+/// A new database knows of no session, so whatever a broker holds under our name must be discarded: an owner that is
+/// not in the table begins clean.
 fn create(db: &Connection) -> Result<(), rusqlite::Error> {
     let schema = include_str!("schema.sql");
     db.execute_batch(&format!(
@@ -565,7 +573,6 @@ fn create(db: &Connection) -> Result<(), rusqlite::Error> {
          {schema}
          INSERT INTO meta VALUES (1, 1, 0, '', 0, '');
          INSERT INTO lane VALUES (0, 1, 0, 0), (1, 1, 0, 0), (2, 1, 0, 0);
-         INSERT INTO session VALUES (1, '', '', 0, 1, 0);
          PRAGMA application_id = {APPLICATION_ID};
          PRAGMA user_version = {SCHEMA};
          COMMIT;"

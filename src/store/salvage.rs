@@ -182,7 +182,10 @@ impl Carrier<'_> {
         for table in ["command", "dead_letter", "gap", "dropped", "retained_ahead", "budget"] {
             self.carry_rows(table)?;
         }
-        let in_flight = self.old.query_row("SELECT count(*) FROM inflight", [], |row| row.get::<_, u64>(0));
+        let in_flight =
+            self.old.query_row("SELECT count(*) FROM inflight WHERE state IN (1, 2)", [], |row| {
+                row.get::<_, u64>(0)
+            });
         damage.possibly_doubled = in_flight.unwrap_or(0);
         Ok(())
     }

@@ -39,13 +39,15 @@ CREATE TABLE progress (
 
 -- QoS 2 messages whose exchange has begun.
 CREATE TABLE inflight (
-    pkid            INTEGER PRIMARY KEY CHECK (pkid BETWEEN 1 AND 65535),
+    owner           INTEGER NOT NULL,           -- of which session
+    pkid            INTEGER NOT NULL CHECK (pkid BETWEEN 1 AND 65535),
     lane            INTEGER NOT NULL,
     seq             INTEGER NOT NULL,
     send_no         INTEGER NOT NULL,           -- order of sending, across lanes
-    state           INTEGER NOT NULL CHECK (state IN (1, 2, 3)), -- published, received, abandoned
-    retain          INTEGER                     -- the flag it was sent with; NULL: as the record says
-);
+    state           INTEGER NOT NULL CHECK (state IN (1, 2, 3, 4)), -- published, received, abandoned, moved
+    retain          INTEGER,                    -- the flag it was sent with; NULL: as the record says
+    PRIMARY KEY (owner, pkid)
+) WITHOUT ROWID;
 
 -- The newest retained message of a topic that was sent before older ones of its lane (live first).
 CREATE TABLE retained_ahead (
@@ -55,9 +57,9 @@ CREATE TABLE retained_ahead (
     PRIMARY KEY (lane, topic)
 ) WITHOUT ROWID;
 
--- Whose session the rows above belong to, and what is known of it.
+-- The sessions that rows belong to, one for each broker and client identifier, and what is known of them.
 CREATE TABLE session (
-    one             INTEGER PRIMARY KEY CHECK (one = 1),
+    owner           INTEGER PRIMARY KEY,
     broker          TEXT NOT NULL,
     client_id       TEXT NOT NULL,
     uncertain       INTEGER NOT NULL,           -- an "absent" may have been missed
@@ -76,9 +78,11 @@ CREATE TABLE budget (
 
 -- Inbound QoS 2 messages that are recorded and wait for PUBREL.
 CREATE TABLE rx_open (
-    pkid            INTEGER PRIMARY KEY CHECK (pkid BETWEEN 1 AND 65535),
-    hash            BLOB NOT NULL
-);
+    owner           INTEGER NOT NULL,           -- of which session
+    pkid            INTEGER NOT NULL CHECK (pkid BETWEEN 1 AND 65535),
+    hash            BLOB NOT NULL,
+    PRIMARY KEY (owner, pkid)
+) WITHOUT ROWID;
 
 -- What the broker asked of us, recorded before it was acknowledged.
 CREATE TABLE command (

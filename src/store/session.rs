@@ -2,12 +2,13 @@
 //!
 //! Works inside a transaction that `store` opens and commits.
 //!
-//! Invariants (design, delivery): a QoS 2 row and its message's done bit change in one transaction; rows
-//! belong to one broker and client identifier, and to no other.
+//! Invariants (design, delivery): a QoS 2 row and its message's done bit change in one transaction; each row belongs
+//! to one broker and client identifier, its *owner*, and to no other. A message is in flight at one owner only: what
+//! moves to another broker leaves a row behind that frees its identifier one day.
 
 use std::collections::BTreeMap;
 
-use rusqlite::{Connection, params};
+use rusqlite::{Connection, OptionalExtension, params};
 
 use super::Boot;
 use super::outbox::{DropReason, Outbox};
@@ -17,6 +18,9 @@ use crate::turn::{Begin, Change, Offer, OnSessionLoss, Resume, RowState, Taken, 
 
 type Sql<T> = Result<T, rusqlite::Error>;
 
+/// A session at a broker, as the tables number it; 0 before the first connection.
+type Owner = i64;
+
 #[derive(Debug, Clone, Copy)]
 struct Row {
     lane: Lane,
@@ -25,6 +29,13 @@ struct Row {
     state: RowState,
     /// The flag it was sent with; `None` in rows of schema 1.
     retain: Option<bool>,
+}
+
+impl Row {
+    /// Its message is neither done nor on another way.
+    fn holds_message(&self) -> bool {
+        matches!(self.state, RowState::Published | RowState::Received)
+    }
 }
 
 /// What the settled changes amounted to, for the counters.
@@ -40,10 +51,14 @@ pub struct Settled {
     pub abandoned: u64,
 }
 
-/// The rows of `inflight`, by packet identifier.
+/// The rows of `inflight`, by owner and packet identifier.
 #[derive(Debug)]
 pub(crate) struct SessionTable {
-    rows: BTreeMap<u16, Row>,
+    /// Whose connection it is.
+    owner: Owner,
+    /// What it wants of messages whose fate nobody knows.
+    policy: OnSessionLoss,
+    rows: BTreeMap<(Owner, u16), Row>,
     next_send_no: u64,
     /// Nothing was handed out since the tables were read: what QoS 1 had in flight is not known.
     fresh: bool,
@@ -60,26 +75,35 @@ fn row_state(number: i64) -> RowState {
     match number {
         1 => RowState::Published,
         2 => RowState::Received,
-        _ => RowState::Abandoned,
+        3 => RowState::Abandoned,
+        _ => RowState::Moved,
     }
 }
 
 impl SessionTable {
     pub(crate) fn load(db: &Connection, outbox: &mut Outbox) -> Sql<Self> {
-        let mut statement = db.prepare("SELECT pkid, lane, seq, send_no, state, retain FROM inflight")?;
+        let mut statement =
+            db.prepare("SELECT owner, pkid, lane, seq, send_no, state, retain FROM inflight")?;
         let mut rows = BTreeMap::new();
         let mut found = statement.query([])?;
         while let Some(row) = found.next()? {
-            let lane = Lane::ALL[row.get::<_, usize>(1)?.min(2)];
-            let (seq, send_no): (u64, u64) = (row.get(2)?, row.get(3)?);
-            let state = row_state(row.get(4)?);
-            if state != RowState::Abandoned {
+            let key = (row.get(0)?, row.get(1)?);
+            let lane = Lane::ALL[row.get::<_, usize>(2)?.min(2)];
+            let (seq, send_no): (u64, u64) = (row.get(3)?, row.get(4)?);
+            let row = Row { lane, seq, send_no, state: row_state(row.get(5)?), retain: row.get(6)? };
+            if row.holds_message() {
                 outbox.mark_taken(lane, seq);
             }
-            rows.insert(row.get(0)?, Row { lane, seq, send_no, state, retain: row.get(5)? });
+            rows.insert(key, row);
         }
         let next_send_no = rows.values().map(|row| row.send_no).max().unwrap_or(0) + 1;
-        Ok(SessionTable { rows, next_send_no, fresh: true })
+        // Until the next connection says whose it is: whose the last one was.
+        let last = rows.iter().max_by_key(|(_, row)| row.send_no).map(|((owner, _), _)| *owner);
+        let owner = match last {
+            Some(owner) => owner,
+            None => db.query_row("SELECT coalesce(min(owner), 0) FROM session", [], |row| row.get(0))?,
+        };
+        Ok(SessionTable { owner, policy: OnSessionLoss::Republish, rows, next_send_no, fresh: true })
     }
 
     pub(super) fn place(&self) -> Place {
@@ -91,33 +115,69 @@ impl SessionTable {
         (self.next_send_no, self.fresh) = (place.next_send_no, place.fresh);
     }
 
-    /// What must be committed before CONNECT: the owner, and whether "present" could still be believed.
+    /// Goes on as what was forgotten after a failed commit.
+    pub(crate) fn continued(self, before: &SessionTable) -> Self {
+        let owner = if before.owner == 0 { self.owner } else { before.owner };
+        SessionTable { owner, policy: before.policy, ..self }
+    }
+
+    /// What must be committed before CONNECT: whose connection it will be, and whether "present" could still be
+    /// believed. What is in flight at another broker stays there until this one has answered: while there is no way
+    /// to any of them, nothing must move.
     pub(crate) fn begin(
         &mut self,
         db: &Connection,
-        outbox: &mut Outbox,
-        owner: (&str, &str),
+        (broker, client_id): (&str, &str),
         policy: OnSessionLoss,
-        settled: &mut Settled,
     ) -> Sql<()> {
-        let (broker, client_id): (String, String) =
-            db.query_row("SELECT broker, client_id FROM session", [], |row| Ok((row.get(0)?, row.get(1)?)))?;
-        if (broker.as_str(), client_id.as_str()) != owner {
-            self.requeue_all(db, outbox, policy, settled)?;
-            db.execute(
-                "UPDATE session SET broker = ?, client_id = ?, uncertain = 0, clean_start = 1, canary = 0",
-                params![owner.0, owner.1],
-            )?;
-        }
-        let rx_open: i64 = db.query_row("SELECT count(*) FROM rx_open", [], |row| row.get(0))?;
-        if !self.rows.is_empty() || rx_open > 0 {
-            db.execute("UPDATE session SET uncertain = 1 WHERE uncertain = 0", [])?;
+        let known = db
+            .query_row(
+                "SELECT owner FROM session WHERE broker = ? AND client_id = ?",
+                [broker, client_id],
+                |row| row.get::<_, Owner>(0),
+            )
+            .optional()?;
+        let owner = match known {
+            Some(owner) => owner,
+            None => {
+                // Nothing is known of it, so whatever it holds under our name is not ours.
+                let mut insert = db.prepare("INSERT INTO session VALUES (NULL, ?, ?, 0, 1, 0)")?;
+                insert.insert([broker, client_id])?
+            }
+        };
+        self.fresh |= owner != self.owner;
+        (self.owner, self.policy) = (owner, policy);
+        let mut count = db.prepare_cached("SELECT count(*) FROM rx_open WHERE owner = ?")?;
+        let rx_open: i64 = count.query_row([owner], |row| row.get(0))?;
+        if rx_open > 0 || self.rows.keys().any(|(of, _)| *of == owner) {
+            db.execute("UPDATE session SET uncertain = 1 WHERE owner = ? AND uncertain = 0", [owner])?;
         }
         Ok(())
     }
 
-    /// The database turned out to be a copy of the past, or the broker's session to be another one: what the rows
-    /// say of it is void.
+    /// Forgets every session but these: their brokers are not in the configuration any more. One that comes back
+    /// begins clean.
+    pub(crate) fn keep_owners(
+        &mut self,
+        db: &Connection,
+        outbox: &mut Outbox,
+        owners: &[(String, String)],
+        policy: OnSessionLoss,
+        settled: &mut Settled,
+    ) -> Sql<()> {
+        let mut statement = db.prepare("SELECT owner, broker, client_id FROM session")?;
+        let known = statement.query_map([], |row| Ok((row.get(0)?, (row.get(1)?, row.get(2)?))))?;
+        let known = known.collect::<Sql<Vec<(Owner, (String, String))>>>()?;
+        for (owner, _) in known.iter().filter(|(_, name)| !owners.contains(name)) {
+            self.count_published(|of| of == *owner, settled);
+            self.requeue(db, outbox, |of| of == *owner, policy, settled)?;
+            db.execute("DELETE FROM rx_open WHERE owner = ?", [owner])?;
+            db.execute("DELETE FROM session WHERE owner = ?", [owner])?;
+        }
+        Ok(())
+    }
+
+    /// The database turned out to be a copy of the past: what its rows say of any session is void.
     pub(crate) fn disown(
         &mut self,
         db: &Connection,
@@ -125,7 +185,8 @@ impl SessionTable {
         policy: OnSessionLoss,
         settled: &mut Settled,
     ) -> Sql<()> {
-        self.requeue_all(db, outbox, policy, settled)?;
+        self.requeue(db, outbox, |_| true, policy, settled)?;
+        db.execute("DELETE FROM rx_open", [])?;
         db.execute("UPDATE session SET uncertain = 0, clean_start = 1, canary = 0", []).map(drop)
     }
 
@@ -138,8 +199,7 @@ impl SessionTable {
         boot: &Boot,
         now: Stamp,
     ) -> Sql<Begin> {
-        let rows: Vec<Row> =
-            self.rows.values().copied().filter(|row| row.state != RowState::Abandoned).collect();
+        let rows: Vec<Row> = self.rows.values().copied().filter(Row::holds_message).collect();
         for (lane, seq) in unacked {
             // After a failed commit nobody here remembers them.
             outbox.keep_taken(db, *lane, seq.0)?;
@@ -147,7 +207,8 @@ impl SessionTable {
         outbox.give_back_unless(|lane, seq| {
             unacked.contains(&(lane, Seq(seq))) || rows.iter().any(|row| (row.lane, row.seq) == (lane, seq))
         });
-        let mut in_order: Vec<(u16, Row)> = self.rows.iter().map(|(id, row)| (*id, *row)).collect();
+        let own = self.rows.iter().filter(|((of, _), _)| *of == self.owner);
+        let mut in_order: Vec<(u16, Row)> = own.map(|((_, id), row)| (*id, *row)).collect();
         in_order.sort_by_key(|(_, row)| row.send_no);
         let mut resume = Vec::new();
         for (id, row) in in_order {
@@ -178,15 +239,16 @@ impl SessionTable {
                 seq: Seq(row.seq),
             });
         }
-        let mut statement = db.prepare("SELECT pkid, hash FROM rx_open")?;
+        let mut statement = db.prepare_cached("SELECT pkid, hash FROM rx_open WHERE owner = ?")?;
         let mut rx_open = Vec::new();
-        let mut found = statement.query([])?;
+        let mut found = statement.query([self.owner])?;
         while let Some(row) = found.next()? {
             let hash: Vec<u8> = row.get(1)?;
             let hash = hash.try_into().map_or(0, u128::from_le_bytes);
             rx_open.extend(PacketId::new(row.get(0)?).map(|id| (id, hash)));
         }
-        db.query_row("SELECT clean_start, uncertain, canary FROM session", [], |row| {
+        let flags = "SELECT clean_start, uncertain, canary FROM session WHERE owner = ?";
+        db.query_row(flags, [self.owner], |row| {
             Ok(Begin {
                 clean_start_needed: row.get(0)?,
                 session_uncertain: row.get(1)?,
@@ -213,8 +275,8 @@ impl SessionTable {
             Change::Received(id) => self.set_state(db, *id, RowState::Received),
             Change::Completed(id) => {
                 let Some(row) = self.remove(db, *id)? else { return Ok(()) };
-                if row.state == RowState::Abandoned {
-                    settled.abandoned += 1;
+                if !row.holds_message() {
+                    settled.abandoned += u64::from(row.state == RowState::Abandoned);
                     return Ok(());
                 }
                 settled.delivered += 1;
@@ -235,21 +297,34 @@ impl SessionTable {
             }
             Change::Abandoned(id) => self.abandon(db, outbox, *id),
             Change::SessionAbsent(policy) => {
-                self.requeue_all(db, outbox, *policy, settled)?;
-                db.execute("UPDATE session SET uncertain = 0, clean_start = 0, canary = 0", []).map(drop)
+                self.end_session(db, outbox, *policy, false, settled)?;
+                self.take_over(db, outbox, settled)
             }
-            Change::SessionReplaced(policy) => self.disown(db, outbox, *policy, settled),
+            Change::RowsVoid(policy) => {
+                let owner = self.owner;
+                self.count_published(|of| of == owner, settled);
+                self.end_session(db, outbox, *policy, false, settled)?;
+                self.take_over(db, outbox, settled)
+            }
+            Change::SessionReplaced(policy) => self.end_session(db, outbox, *policy, true, settled),
             Change::SessionPresent => {
-                db.execute("UPDATE session SET uncertain = 0 WHERE uncertain = 1", []).map(drop)
+                db.execute(
+                    "UPDATE session SET uncertain = 0 WHERE owner = ? AND uncertain = 1",
+                    [self.owner],
+                )?;
+                self.take_over(db, outbox, settled)
             }
-            Change::Canary { proven } => db.execute("UPDATE session SET canary = ?", [proven]).map(drop),
-            Change::InboundOpened { id, hash, .. } => db
-                .prepare_cached("INSERT OR REPLACE INTO rx_open VALUES (?, ?)")?
-                .execute(params![id.get(), hash.to_le_bytes()])
+            Change::Canary { proven } => db
+                .execute("UPDATE session SET canary = ? WHERE owner = ?", params![proven, self.owner])
                 .map(drop),
-            Change::InboundReleased(id) => {
-                db.prepare_cached("DELETE FROM rx_open WHERE pkid = ?")?.execute([id.get()]).map(drop)
-            }
+            Change::InboundOpened { id, hash, .. } => db
+                .prepare_cached("INSERT OR REPLACE INTO rx_open VALUES (?, ?, ?)")?
+                .execute(params![self.owner, id.get(), hash.to_le_bytes()])
+                .map(drop),
+            Change::InboundReleased(id) => db
+                .prepare_cached("DELETE FROM rx_open WHERE owner = ? AND pkid = ?")?
+                .execute(params![self.owner, id.get()])
+                .map(drop),
             Change::Inbound { .. } => Ok(()),
         }
     }
@@ -310,32 +385,33 @@ impl SessionTable {
             state: RowState::Published,
             retain: Some(record.retain),
         };
-        self.rows.insert(id.get(), row);
-        db.prepare_cached("INSERT INTO inflight VALUES (?, ?, ?, ?, 1, ?)")?
-            .execute(params![id.get(), row.lane as i64, row.seq, row.send_no, row.retain])
+        self.rows.insert((self.owner, id.get()), row);
+        db.prepare_cached("INSERT INTO inflight VALUES (?, ?, ?, ?, ?, 1, ?)")?
+            .execute(params![self.owner, id.get(), row.lane as i64, row.seq, row.send_no, row.retain])
             .map(drop)
     }
 
     fn set_state(&mut self, db: &Connection, id: PacketId, state: RowState) -> Sql<()> {
-        if let Some(row) = self.rows.get_mut(&id.get()) {
+        if let Some(row) = self.rows.get_mut(&(self.owner, id.get())) {
             row.state = state;
-            db.prepare_cached("UPDATE inflight SET state = ? WHERE pkid = ?")?
-                .execute(params![state as i64, id.get()])?;
+            db.prepare_cached("UPDATE inflight SET state = ? WHERE owner = ? AND pkid = ?")?
+                .execute(params![state as i64, self.owner, id.get()])?;
         }
         Ok(())
     }
 
     /// The message counts as dropped (its fate is unknown), the row waits for PUBCOMP.
     fn abandon(&mut self, db: &Connection, outbox: &mut Outbox, id: PacketId) -> Sql<()> {
-        let Some(row) = self.rows.get(&id.get()).copied() else { return Ok(()) };
+        let Some(row) = self.rows.get(&(self.owner, id.get())).copied() else { return Ok(()) };
         self.set_state(db, id, RowState::Abandoned)?;
         outbox.drop_record(db, row.lane, row.seq, DropReason::Abandoned)
     }
 
     fn remove(&mut self, db: &Connection, id: PacketId) -> Sql<Option<Row>> {
-        let row = self.rows.remove(&id.get());
+        let row = self.rows.remove(&(self.owner, id.get()));
         if row.is_some() {
-            db.prepare_cached("DELETE FROM inflight WHERE pkid = ?")?.execute([id.get()])?;
+            db.prepare_cached("DELETE FROM inflight WHERE owner = ? AND pkid = ?")?
+                .execute(params![self.owner, id.get()])?;
         }
         Ok(row)
     }
@@ -347,32 +423,93 @@ impl SessionTable {
         }
     }
 
-    /// The broker holds nothing of ours: every exchange begins anew, or ends by policy.
-    fn requeue_all(
+    /// The broker has no session of this owner's any more, or (`clean_start`) one that must go.
+    fn end_session(
         &mut self,
         db: &Connection,
         outbox: &mut Outbox,
         policy: OnSessionLoss,
+        clean_start: bool,
         settled: &mut Settled,
     ) -> Sql<()> {
-        for row in std::mem::take(&mut self.rows).into_values() {
-            match (row.state, policy) {
-                (RowState::Received, OnSessionLoss::Drop) => {
-                    settled.possibly_lost += 1;
-                    outbox.finish(db, row.lane, row.seq)?;
-                }
-                (RowState::Received, OnSessionLoss::Republish) => {
-                    settled.possibly_doubled += 1;
-                    outbox.give_back(row.lane, row.seq);
-                }
-                (RowState::Published, _) => outbox.give_back(row.lane, row.seq),
-                (RowState::Abandoned, _) => settled.abandoned += 1,
-            }
-        }
-        outbox.give_back_unless(|_, _| false);
-        db.execute("DELETE FROM inflight", [])?;
-        db.execute("DELETE FROM rx_open", []).map(drop)
+        let owner = self.owner;
+        self.requeue(db, outbox, |of| of == owner, policy, settled)?;
+        // What was taken at QoS 1 goes back too; what is in flight elsewhere stays there.
+        let elsewhere: Vec<Row> = self.rows.values().copied().filter(Row::holds_message).collect();
+        outbox.give_back_unless(|lane, seq| elsewhere.iter().any(|row| (row.lane, row.seq) == (lane, seq)));
+        db.execute("DELETE FROM rx_open WHERE owner = ?", [owner])?;
+        db.execute(
+            "UPDATE session SET uncertain = 0, clean_start = ?, canary = 0 WHERE owner = ?",
+            params![clean_start, owner],
+        )
+        .map(drop)
     }
+
+    /// These brokers hold nothing of ours: every exchange begins anew, or ends by policy.
+    fn requeue(
+        &mut self,
+        db: &Connection,
+        outbox: &mut Outbox,
+        whose: impl Fn(Owner) -> bool,
+        policy: OnSessionLoss,
+        settled: &mut Settled,
+    ) -> Sql<()> {
+        let keys: Vec<_> = self.rows.keys().copied().filter(|(owner, _)| whose(*owner)).collect();
+        for (owner, id) in keys {
+            let Some(row) = self.rows.remove(&(owner, id)) else { continue };
+            db.prepare_cached("DELETE FROM inflight WHERE owner = ? AND pkid = ?")?
+                .execute(params![owner, id])?;
+            settled.abandoned += u64::from(row.state == RowState::Abandoned);
+            leave(db, outbox, row, policy, settled)?;
+        }
+        Ok(())
+    }
+
+    /// This broker has answered, and is where messages go from now on. What was in flight at another one goes here
+    /// too, and may arrive there as well: also what had only been published, because the PUBREL that frees its
+    /// identifier one day completes it. The rows stay behind for that.
+    fn take_over(&mut self, db: &Connection, outbox: &mut Outbox, settled: &mut Settled) -> Sql<()> {
+        let owner = self.owner;
+        if !self.rows.iter().any(|((of, _), row)| *of != owner && row.holds_message()) {
+            return Ok(());
+        }
+        self.count_published(|of| of != owner, settled);
+        for row in self.rows.iter_mut().filter(|((of, _), _)| *of != owner).map(|(_, row)| row) {
+            leave(db, outbox, *row, self.policy, settled)?;
+            row.state = if row.holds_message() { RowState::Moved } else { row.state };
+        }
+        db.execute("UPDATE inflight SET state = 4 WHERE owner <> ? AND state IN (1, 2)", [owner]).map(drop)
+    }
+
+    /// What had been published and not acknowledged may be there, or not, and is sent anew.
+    fn count_published(&self, whose: impl Fn(Owner) -> bool, settled: &mut Settled) {
+        let published =
+            self.rows.iter().filter(|((of, _), row)| whose(*of) && row.state == RowState::Published);
+        settled.possibly_doubled += published.count() as u64;
+    }
+}
+
+/// Takes a message out of an exchange that this broker will not finish.
+fn leave(
+    db: &Connection,
+    outbox: &mut Outbox,
+    row: Row,
+    policy: OnSessionLoss,
+    settled: &mut Settled,
+) -> Sql<()> {
+    match (row.state, policy) {
+        (RowState::Received, OnSessionLoss::Drop) => {
+            settled.possibly_lost += 1;
+            outbox.finish(db, row.lane, row.seq)?;
+        }
+        (RowState::Received, OnSessionLoss::Republish) => {
+            settled.possibly_doubled += 1;
+            outbox.give_back(row.lane, row.seq);
+        }
+        (RowState::Published, _) => outbox.give_back(row.lane, row.seq),
+        (RowState::Abandoned | RowState::Moved, _) => {}
+    }
+    Ok(())
 }
 
 /// Reason code 0x95, given to a message that no connection to this broker can carry.

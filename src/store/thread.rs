@@ -181,7 +181,7 @@ enum Request {
         policy: OnSessionLoss,
         unacked: Vec<(Lane, Seq)>,
         turned: mpsc::Sender<Turned>,
-        reply: oneshot::Sender<Result<(Begin, Settled), Arc<StoreError>>>,
+        reply: oneshot::Sender<Result<Begin, Arc<StoreError>>>,
     },
     Disown {
         epoch: u32,
@@ -295,7 +295,7 @@ impl Handle {
         policy: OnSessionLoss,
         unacked: Vec<(Lane, Seq)>,
         turned: mpsc::Sender<Turned>,
-    ) -> Result<(Begin, Settled), Option<Arc<StoreError>>> {
+    ) -> Result<Begin, Option<Arc<StoreError>>> {
         let (reply, answer) = oneshot::channel();
         let request = Request::Begin { owner, policy, unacked, turned, reply };
         self.requests.send(request).await.map_err(|_| None)?;

@@ -10,18 +10,20 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, interval, sleep_until, timeout, timeout_at};
 use tracing::{debug, error, info, warn};
 
 use super::backoff::{Backoff, Cause};
+use super::choice::{Choice, Patience};
 use super::link::{self, ConnectError, Endpoint, Link, LinkError, Stream};
-use super::packet::{Connect, Packet, Protocol, ReasonCode};
+use super::packet::{Connect, Limits, Packet, Protocol, ReasonCode, Will};
 use super::presence::{Announcement, Heard, Presence};
 use super::secret::{self, Unusable};
 use super::session::{self, Carry, Counted, Event, Session, SessionError};
 use super::tls;
 use crate::clock;
-use crate::message::{Message, Topic};
+use crate::message::{Message, Qos, Topic};
 use crate::policy::format::Speaker;
 use crate::stats::Stats;
 use crate::store::{self, StoreError, Turn, Turned};
@@ -34,6 +36,8 @@ const PACKETS_PER_TURN: usize = 1024;
 const RECEIVE_MAX: u16 = 64;
 /// Sent bytes may stay unacknowledged for so long before the kernel gives the connection up.
 const USER_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a broker that is left for a better one may take to acknowledge what is in flight.
+const LEAVE: Duration = Duration::from_secs(10);
 /// How long DISCONNECT and the presence before it may take.
 const GOODBYE: Duration = Duration::from_secs(2);
 /// The same when the stop was asked for a second time.
@@ -68,6 +72,10 @@ pub struct Settings {
     pub connect_timeout: Duration,
     /// Longest delay between two attempts.
     pub backoff_max: Duration,
+    /// How long it may fail before the next broker is tried.
+    pub failover_after: Duration,
+    /// While messages go here, how often the brokers before it are asked whether they are back.
+    pub failback_every: Duration,
     /// Largest packet taken from the broker, in bytes.
     pub max_packet: u32,
     /// Whether a Will is registered.
@@ -78,6 +86,38 @@ pub struct Settings {
     pub speaker: Speaker,
     /// The session's own.
     pub session: session::Settings,
+}
+
+impl Settings {
+    /// Where it is, without user name and password.
+    pub fn url(&self) -> String {
+        let scheme = if self.tls.is_some() { "mqtts" } else { "mqtt" };
+        let host = if self.host.contains(':') { format!("[{}]", self.host) } else { self.host.clone() };
+        format!("{scheme}://{host}:{}", self.port)
+    }
+
+    /// Whose session it is: broker and client identifier, as the store knows it.
+    pub fn owner(&self) -> (String, String) {
+        (format!("{}:{}", self.host, self.port), self.client_id.clone())
+    }
+
+    /// Whether a connection can be opened; nothing is sent on it.
+    async fn answers(&self, stats: &Arc<Stats>) -> bool {
+        let Ok(tls) = self.tls.as_ref().map(|tls| tls::Client::new(tls, &self.host)).transpose() else {
+            return false;
+        };
+        link::open(&self.endpoint(tls.as_ref(), stats)).await.is_ok()
+    }
+
+    fn endpoint<'a>(&'a self, tls: Option<&'a tls::Client>, stats: &'a Arc<Stats>) -> Endpoint<'a> {
+        let (host, port, timeout) = (&self.host, self.port, self.connect_timeout);
+        Endpoint { host, port, tls, timeout, user_timeout: USER_TIMEOUT, stats }
+    }
+
+    fn patience(&self) -> Patience {
+        let ms = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+        Patience { failover_after_ms: ms(self.failover_after), failback_every_ms: ms(self.failback_every) }
+    }
 }
 
 /// How far a stop has come.
@@ -94,6 +134,10 @@ pub enum Stop {
 /// Where the link is, for screens and the health message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LinkStatus {
+    /// Which broker it is to.
+    pub broker: String,
+    /// `5` or `3.1.1`.
+    pub protocol: &'static str,
     /// What it is doing.
     pub state: LinkState,
     /// Since when it has been connected, or not; monotonic, in ms.
@@ -130,6 +174,8 @@ impl LinkStatus {
     /// Before the first attempt.
     pub fn new() -> Self {
         LinkStatus {
+            broker: String::new(),
+            protocol: "",
             state: LinkState::Connecting,
             since_mono_ms: clock::now().mono_ms,
             last_error: None,
@@ -175,6 +221,8 @@ enum End {
     CopyOfThePast { boot: u64, epoch: Option<u32> },
     #[error("another agent is online as this gateway (start {boot}); give each gateway its own [gateway] id")]
     InUseElsewhere { boot: u64 },
+    #[error("{url} answers again")]
+    FailBack { to: usize, url: String },
     #[error("the agent stops")]
     Stopped,
 }
@@ -203,7 +251,13 @@ impl End {
 
 /// The task and what it owns.
 pub struct Uplink {
+    /// In the order of preference.
+    brokers: Vec<Settings>,
+    choice: Choice,
+    /// Those of the broker that was chosen.
     settings: Settings,
+    /// Finds out whether a better one is back; one task at most.
+    probe: JoinSet<Option<usize>>,
     store: store::Handle,
     stats: Arc<Stats>,
     status: watch::Sender<LinkStatus>,
@@ -211,9 +265,12 @@ pub struct Uplink {
     announcements: mpsc::Receiver<Announcement>,
     stop: watch::Receiver<Stop>,
     presence: Presence,
-    backoff: Backoff,
+    /// Each broker's own.
+    backoffs: Vec<Backoff>,
     connections: u64,
     short_lives: u32,
+    /// What was last logged of what the broker does not allow.
+    told: Vec<String>,
 }
 
 enum Wake {
@@ -223,16 +280,18 @@ enum Wake {
     Qos0(Message),
     Announcement(Announcement),
     Tick,
+    /// A better broker is back, or is not.
+    Probed(Option<usize>),
     Stop,
 }
 
 impl Uplink {
-    /// The task, not yet running.
+    /// The task, not yet running. There is at least one broker; the first is preferred.
     ///
     /// # Errors
     /// The base topic leaves no room for what comes below it.
     pub fn new(
-        settings: Settings,
+        brokers: Vec<Settings>,
         store: store::Handle,
         stats: Arc<Stats>,
         status: watch::Sender<LinkStatus>,
@@ -240,10 +299,14 @@ impl Uplink {
         announcements: mpsc::Receiver<Announcement>,
         stop: watch::Receiver<Stop>,
     ) -> Result<Self, crate::message::TopicError> {
+        let settings = brokers[0].clone();
         let presence = Presence::new(&settings.base, settings.speaker.clone())?;
-        let backoff = Backoff::new(settings.backoff_max);
-        Ok(Uplink {
+        let uplink = Uplink {
+            choice: Choice::new(brokers.iter().map(Settings::patience).collect()),
+            backoffs: brokers.iter().map(|broker| Backoff::new(broker.backoff_max)).collect(),
+            brokers,
             settings,
+            probe: JoinSet::new(),
             store,
             stats,
             status,
@@ -251,10 +314,30 @@ impl Uplink {
             announcements,
             stop,
             presence,
-            backoff,
             connections: 0,
             short_lives: 0,
-        })
+            told: Vec::new(),
+        };
+        uplink.show_broker();
+        Ok(uplink)
+    }
+
+    fn show_broker(&self) {
+        self.status.send_modify(|status| {
+            status.broker = self.settings.url();
+            status.protocol = self.settings.session.protocol.name();
+        });
+    }
+
+    /// Goes over to the broker that was chosen. What this process remembers of the other one's connection is of no use
+    /// here; what matters is in the store.
+    fn change_broker(&mut self) -> Carry {
+        self.settings = self.brokers[self.choice.current()].clone();
+        self.probe.abort_all();
+        self.short_lives = 0;
+        self.status.send_modify(|status| status.downgrades.clear());
+        self.show_broker();
+        Carry::default()
     }
 
     /// Connects again and again until it is asked to stop.
@@ -268,12 +351,32 @@ impl Uplink {
             if matches!(end, End::Stopped) {
                 break;
             }
+            if let End::FailBack { to, url } = &end {
+                info!(broker = url, "an earlier broker of the list answers again: going back to it");
+                self.stats.failbacks.increment();
+                self.choice.fail_back(*to);
+                carry = self.change_broker();
+                continue;
+            }
             let cause = self.explain(&end, began);
+            if !matches!(end, End::Store(_)) {
+                self.choice.failed(clock::now().mono_ms);
+            }
             if let End::CopyOfThePast { boot, epoch } = end {
                 self.disown(boot, epoch).await;
                 carry = Carry::default();
             }
             self.wait(cause).await;
+            if self.choice.move_on(clock::now().mono_ms) {
+                let failed = self.settings.url();
+                carry = self.change_broker();
+                self.stats.failovers.increment();
+                warn!(
+                    failed,
+                    broker = self.settings.url(),
+                    "no connection for too long: trying the next broker"
+                );
+            }
         }
         debug!("the uplink has stopped");
     }
@@ -326,16 +429,23 @@ impl Uplink {
     async fn disown(&mut self, boot: u64, epoch: Option<u32>) {
         let policy = self.settings.session.on_session_loss;
         let boot = u32::try_from(boot).unwrap_or(u32::MAX - 1);
-        let disowned = self.store.disown(epoch.unwrap_or(0), boot, policy).await;
-        if let Err(Some(error)) = disowned {
-            error!(%error, "the copied database could not take a new epoch");
+        match self.store.disown(epoch.unwrap_or(0), boot, policy).await {
+            Ok(settled) => {
+                self.stats.possibly_doubled.add(settled.possibly_doubled);
+                self.stats.possibly_lost.add(settled.possibly_lost);
+            }
+            Err(Some(error)) => error!(%error, "the copied database could not take a new epoch"),
+            Err(None) => {}
         }
     }
 
     /// Waits before the next attempt; what cannot be sent meanwhile is counted.
     async fn wait(&mut self, cause: Cause) {
         let now_ms = clock::now().mono_ms;
-        let delay = self.backoff.wait(cause, now_ms, fastrand::f64());
+        let mut delay = self.backoffs[self.choice.current()].wait(cause, now_ms, fastrand::f64());
+        if let Some(at_ms) = self.choice.moves_at_ms() {
+            delay = delay.min(Duration::from_millis(at_ms.saturating_sub(now_ms)));
+        }
         self.set_state(LinkState::Waiting { until_mono_ms: now_ms + delay.as_millis() as u64 });
         debug!(delay_ms = delay.as_millis() as u64, "waiting before the next attempt to connect");
         let until = Instant::now() + delay;
@@ -365,16 +475,11 @@ impl Uplink {
 
     /// One connection, from what must be committed before CONNECT to its end.
     async fn connection(&mut self, carry: Carry) -> (End, Carry) {
-        let owner =
-            (format!("{}:{}", self.settings.host, self.settings.port), self.settings.client_id.clone());
+        let owner = self.settings.owner();
         let policy = self.settings.session.on_session_loss;
         let (turned_to, mut turned) = mpsc::channel(8);
         let begun = match self.store.begin(owner, policy, carry.unacked(), turned_to).await {
-            Ok((begin, settled)) => {
-                self.stats.possibly_doubled.add(settled.possibly_doubled);
-                self.stats.possibly_lost.add(settled.possibly_lost);
-                begin
-            }
+            Ok(begin) => begin,
             Err(Some(error)) => return (End::Store(error), carry.after_store_failure()),
             Err(None) => return (End::Stopped, carry),
         };
@@ -413,7 +518,7 @@ impl Uplink {
         epoch: u32,
         queued: u64,
     ) -> Result<(), End> {
-        if session.clean_start() {
+        if session.clean_start() && !self.settings.session.clean_start {
             self.discard_session().await?;
             info!(
                 "this database knows of no session: what the broker held is discarded, queued commands too"
@@ -426,32 +531,60 @@ impl Uplink {
         loop {
             self.act(session, &mut link, epoch, queued).await?;
             let wake = self.wake(session, &mut link, turned).await;
-            if let Wake::Stop = wake {
-                return self.goodbye(session, &mut link, turned, epoch).await;
+            match wake {
+                Wake::Stop => {
+                    let drain = match *self.stop.borrow() {
+                        Stop::DrainUntil(deadline) => Some(deadline),
+                        Stop::No | Stop::Now => None,
+                    };
+                    return self.goodbye(session, &mut link, turned, epoch, drain).await;
+                }
+                Wake::Probed(Some(to)) => {
+                    let drain = Some(Instant::now() + LEAVE);
+                    self.goodbye(session, &mut link, turned, epoch, drain).await?;
+                    return Err(End::FailBack { to, url: self.brokers[to].url() });
+                }
+                wake => self.handle(wake, session, &mut link).await?,
             }
-            self.handle(wake, session, &mut link).await?;
+            self.ask_for_better();
         }
     }
 
-    /// Opens the stream and queues CONNECT.
-    async fn open(&self, clean: bool) -> Result<Link<Stream>, End> {
+    /// Finds out whether a broker before this one in the list is back, when it is time.
+    fn ask_for_better(&mut self) {
+        if !self.probe.is_empty() || self.status.borrow().state != LinkState::Connected {
+            return;
+        }
+        let better = self.choice.to_ask(clock::now().mono_ms);
+        if better.is_empty() {
+            return;
+        }
+        let (brokers, stats) = (self.brokers[better].to_vec(), Arc::clone(&self.stats));
+        self.probe.spawn(async move {
+            for (place, broker) in brokers.iter().enumerate() {
+                if broker.answers(&stats).await {
+                    return Some(place);
+                }
+            }
+            None
+        });
+    }
+
+    /// Opens the stream and queues CONNECT, `discard`: only to end the old session.
+    async fn open(&self, discard: bool) -> Result<Link<Stream>, End> {
         let settings = &self.settings;
         let tls = settings.tls.as_ref().map(|tls| tls::Client::new(tls, &settings.host)).transpose()?;
-        let endpoint = Endpoint {
-            host: &settings.host,
-            port: settings.port,
-            tls: tls.as_ref(),
-            timeout: settings.connect_timeout,
-            user_timeout: USER_TIMEOUT,
-            stats: &self.stats,
-        };
+        let endpoint = settings.endpoint(tls.as_ref(), &self.stats);
         let mut stop = self.stop.clone();
         let stream = tokio::select! {
             stream = link::open(&endpoint) => stream?,
             _ = stop.wait_for(|stop| *stop != Stop::No) => return Err(End::Stopped),
         };
         let mut link = Link::new(stream, settings.session.protocol, settings.max_packet);
-        link.queue(&Packet::Connect(Box::new(self.connect(clean)?)))?;
+        let connect = self.connect(discard)?;
+        let kept = connect.will.as_ref().is_some_and(|will| will.retain);
+        self.stats.downgraded_will.add(u64::from(!discard && !kept));
+        link.queue(&Packet::Connect(Box::new(connect)))?;
         Ok(link)
     }
 
@@ -465,8 +598,9 @@ impl Uplink {
         }
     }
 
-    fn connect(&self, clean: bool) -> Result<Connect, End> {
+    fn connect(&self, discard: bool) -> Result<Connect, End> {
         let settings = &self.settings;
+        let clean = discard || settings.session.clean_start;
         let password = match &settings.password_file {
             None => None,
             Some(path) => {
@@ -490,7 +624,7 @@ impl Uplink {
             },
             receive_max: RECEIVE_MAX,
             max_packet_bytes: settings.max_packet,
-            will: (settings.will && !clean).then(|| self.presence.will()),
+            will: (settings.will && !discard).then(|| within(self.presence.will(), settings.session.limits)),
             username: settings.username.clone(),
             password,
         })
@@ -517,27 +651,61 @@ impl Uplink {
 
     fn on_connected(&mut self, session: &Session, link: &mut Link<Stream>) {
         self.stats.connects.increment();
-        self.backoff.connected(clock::now().mono_ms);
+        self.backoffs[self.choice.current()].connected(clock::now().mono_ms);
         self.presence.on_connected();
         let limits = *session.limits();
         if let Some(bytes) = limits.max_packet_bytes {
             link.set_broker_max_packet(bytes);
         }
-        let asked = self.settings.session_expiry.as_secs();
+        let asked = match self.settings.session.clean_start {
+            true => 0,
+            false => self.settings.session_expiry.as_secs(),
+        };
         if let Some(granted) = limits.session_expiry_s.filter(|granted| u64::from(*granted) < asked) {
             warn!(asked, granted, "the broker keeps the session for fewer seconds than asked for");
         }
+        let downgrades = self.downgrades(&limits);
         let keep_alive_s = limits.keep_alive_s.map_or(self.settings.session.keep_alive_ms / 1000, u64::from);
         self.status.send_modify(|status| {
             status.keep_alive_s = keep_alive_s;
-            status.downgrades.clear();
-            if let Some(qos) = limits.max_qos.filter(|qos| *qos < 2) {
-                status.downgrades.push(format!("the broker takes QoS {qos} at most"));
-            }
-            if limits.retain_available == Some(false) {
-                status.downgrades.push("the broker takes no retained messages".into());
-            }
+            status.downgrades.clone_from(&downgrades);
         });
+        if self.told != downgrades {
+            downgrades.iter().for_each(|words| warn!("{words}"));
+            self.told = downgrades;
+        }
+    }
+
+    /// What this broker does not allow, in words.
+    fn downgrades(&self, limits: &Limits) -> Vec<String> {
+        let settings = &self.settings;
+        let mut words = Vec::new();
+        if self.choice.current() > 0 {
+            let (first, this) = (self.brokers[0].url(), settings.url());
+            words.push(format!("{first} could not be reached: messages go to {this} until it answers again"));
+        }
+        match limits.max_qos {
+            Some(0) => words.push(
+                "the broker takes QoS 0 only: every message is sent once and called delivered, whether it arrives or not"
+                    .into(),
+            ),
+            Some(1) => words.push("the broker takes QoS 1 at most: what asks for QoS 2 may arrive twice".into()),
+            _ => {}
+        }
+        if limits.retain_available == Some(false) {
+            words.push("the broker takes no retained messages: it keeps neither presence nor states".into());
+        }
+        if !settings.will {
+            words.push("no Will is registered: the broker does not say when the gateway is lost".into());
+        }
+        if settings.session.clean_start {
+            words.push(
+                "the broker keeps no session: commands sent during an outage are lost, and QoS 2 messages in flight when \
+                 a link breaks may arrive twice"
+                    .into(),
+            );
+        }
+        words
     }
 
     /// Does everything that follows from what is known: events, turns, packets.
@@ -551,6 +719,7 @@ impl Uplink {
         for event in session.take_events() {
             self.on_event(event, session, epoch, queued)?;
         }
+        session.set_unsent(link.queued_bytes());
         while let Some((changes, offer)) = session.turn() {
             let turn = Turn { connection: session.connection(), changes, offer };
             if !self.store.turn(turn).await {
@@ -590,6 +759,9 @@ impl Uplink {
             Some(message) = self.qos0.recv(), if takes_qos0 => Wake::Qos0(message),
             Some(announcement) = self.announcements.recv(), if running => Wake::Announcement(announcement),
             () = sleep_until(tick) => Wake::Tick,
+            Some(better) = self.probe.join_next(), if !self.probe.is_empty() => {
+                Wake::Probed(better.unwrap_or(None))
+            }
             _ = self.stop.changed() => Wake::Stop,
         }
     }
@@ -617,7 +789,7 @@ impl Uplink {
                 false => self.stats.qos0_dropped.increment(),
             },
             Wake::Announcement(announcement) => announce(session, announcement, now_ms),
-            Wake::Tick | Wake::Stop => {}
+            Wake::Tick | Wake::Probed(_) | Wake::Stop => {}
         }
         session.tick(now_ms)?;
         let in_flight = session.in_flight() as u64;
@@ -641,6 +813,7 @@ impl Uplink {
                 }
                 self.status.send_modify(|status| status.last_error = None);
                 self.set_state(LinkState::Connected);
+                self.choice.connected(clock::now().mono_ms);
             }
             Event::Downgraded { filter, asked, granted } => {
                 let granted = granted.map_or("nothing".to_owned(), |qos| qos.to_string());
@@ -686,6 +859,8 @@ impl Uplink {
             Counted::DeadLettered => &stats.dead_lettered,
             Counted::OrderOvertaken => &stats.order_overtaken,
             Counted::Downgraded => &stats.downgraded,
+            Counted::DowngradedQos => &stats.downgraded_qos,
+            Counted::DowngradedRetain => &stats.downgraded_retain,
             Counted::AcksUnexpected => &stats.acks_unexpected,
             Counted::InboundRecorded => &stats.inbound_recorded,
             Counted::InboundRepeated => &stats.inbound_repeated,
@@ -695,7 +870,7 @@ impl Uplink {
         counter.add(n);
     }
 
-    /// A planned stop: finish what is in flight, say that we are offline, disconnect. A clean DISCONNECT
+    /// A planned end: finish what is in flight until `drain`, say that we are offline, disconnect. A clean DISCONNECT
     /// discards the Will, hence the explicit word.
     async fn goodbye(
         &mut self,
@@ -703,10 +878,10 @@ impl Uplink {
         link: &mut Link<Stream>,
         turned: &mut mpsc::Receiver<Turned>,
         epoch: u32,
+        drain: Option<Instant>,
     ) -> Result<(), End> {
         session.drain();
-        let stop = *self.stop.borrow();
-        if let Stop::DrainUntil(deadline) = stop {
+        if let Some(deadline) = drain {
             self.settle_until(deadline, session, link, turned, epoch).await?;
         }
         let patience = if *self.stop.borrow() == Stop::Now { HASTY_GOODBYE } else { GOODBYE };
@@ -743,6 +918,13 @@ impl Uplink {
             self.handle(wake, session, link).await?;
         }
     }
+}
+
+/// A Will that the broker's limits allow.
+fn within(will: Will, limits: Limits) -> Will {
+    let max_qos = limits.max_qos.and_then(|qos| Qos::from_number(u64::from(qos))).unwrap_or(will.qos);
+    let retain = will.retain && limits.retain_available != Some(false);
+    Will { qos: will.qos.min(max_qos), retain, ..will }
 }
 
 fn on_turned(turned: Turned, session: &mut Session, now_ms: u64) -> Result<(), End> {

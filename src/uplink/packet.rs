@@ -15,6 +15,16 @@ pub enum Protocol {
     V5,
 }
 
+impl Protocol {
+    /// As settings and screens name it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Protocol::V311 => "3.1.1",
+            Protocol::V5 => "5",
+        }
+    }
+}
+
 /// A Reason Code (MQTT 5.0 section 2.4). On 3.1.1, which has none in acknowledgements, [`ReasonCode::SUCCESS`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ReasonCode(pub u8);
@@ -152,6 +162,23 @@ pub struct Limits {
     pub keep_alive_s: Option<u16>,
     /// Session Expiry Interval the broker will really keep, in seconds.
     pub session_expiry_s: Option<u32>,
+}
+
+impl Limits {
+    /// Both at once: the stricter in each respect.
+    pub fn within(self, other: Limits) -> Limits {
+        fn least<T: Ord>(one: Option<T>, other: Option<T>) -> Option<T> {
+            one.into_iter().chain(other).min()
+        }
+        Limits {
+            receive_max: least(self.receive_max, other.receive_max),
+            max_qos: least(self.max_qos, other.max_qos),
+            retain_available: least(self.retain_available, other.retain_available),
+            max_packet_bytes: least(self.max_packet_bytes, other.max_packet_bytes),
+            keep_alive_s: least(self.keep_alive_s, other.keep_alive_s),
+            session_expiry_s: least(self.session_expiry_s, other.session_expiry_s),
+        }
+    }
 }
 
 /// CONNACK.

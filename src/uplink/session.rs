@@ -48,6 +48,10 @@ pub struct Settings {
     pub max_in_flight: u16,
     /// QoS 2 messages in flight, at most.
     pub qos2_window: u16,
+    /// What the broker is known not to take, whatever CONNACK says or cannot say.
+    pub limits: Limits,
+    /// The broker keeps no session: each connection begins a new one.
+    pub clean_start: bool,
     /// What becomes of messages whose fate the broker forgot.
     pub on_session_loss: OnSessionLoss,
     /// How long a message is tried that the broker refuses for now, in milliseconds.
@@ -134,8 +138,8 @@ fn connack_advice(reason: ReasonCode) -> &'static str {
         0x95 => "Packet too large",
         0x97 => "Quota exceeded",
         0x99 => "Payload format invalid",
-        0x9A => "Retain not supported; set [broker] will = false",
-        0x9B => "QoS not supported; set [broker] will = false",
+        0x9A => "Retain not supported; set [broker] retain = false",
+        0x9B => "QoS not supported; set [broker] max_qos = 0, or will = false",
         0x9C => "Use another server",
         0x9D => "Server moved",
         0x9F => "Connection rate exceeded",
@@ -203,6 +207,8 @@ pub enum Counted {
     DeadLettered,
     OrderOvertaken,
     Downgraded,
+    DowngradedQos,
+    DowngradedRetain,
     AcksUnexpected,
     InboundRecorded,
     InboundRepeated,
@@ -244,6 +250,8 @@ enum Stage {
     AwaitPubrec,
     AwaitPubcomp,
     Abandoned,
+    /// Its message has gone to another broker.
+    Moved,
 }
 
 /// Whether the PUBLISH may have left on an earlier connection.
@@ -314,7 +322,10 @@ enum Phase {
     Connack,
     /// The canary is asked whether this is the old session.
     Judging {
-        puback_ms: Option<u64>,
+        /// When the broker had it.
+        heard_ms: Option<u64>,
+        /// Why it would not take the canary at QoS 1, so that its silence at QoS 0 proves nothing.
+        refused: Option<ReasonCode>,
     },
     /// What CONNACK meant is being committed.
     Settling {
@@ -327,7 +338,7 @@ enum Phase {
     /// The canary is tried out: does its echo come back at all?
     Testing {
         since_ms: u64,
-        puback_ms: Option<u64>,
+        heard_ms: Option<u64>,
     },
     /// That it does is being committed.
     Proving,
@@ -370,6 +381,8 @@ pub struct Session {
     phase_in_pending: bool,
     offered: bool,
     draining: bool,
+    /// Bytes the link holds back, which QoS 0 messages do not wait for.
+    unsent_bytes: usize,
     /// Why the connection must end, told by the next packet or tick.
     end: Option<SessionError>,
     out: VecDeque<Packet>,
@@ -391,14 +404,15 @@ impl Session {
         carry: Carry,
         now_ms: u64,
     ) -> Self {
+        let (limits, clean_start) = (settings.limits, begin.clean_start_needed || settings.clean_start);
         let mut session = Session {
             settings,
             connection,
-            clean_start: begin.clean_start_needed,
+            clean_start,
             uncertain: begin.session_uncertain,
             canary_proven: begin.canary_proven,
             phase: Phase::Connack,
-            limits: Limits::default(),
+            limits,
             nonce: format!("{}-{connection}-{nonce:016x}", begin.boot).into(),
             flights: BTreeMap::new(),
             todo: VecDeque::new(),
@@ -419,6 +433,7 @@ impl Session {
             phase_in_pending: false,
             offered: false,
             draining: false,
+            unsent_bytes: 0,
             end: None,
             out: VecDeque::new(),
             events: Vec::new(),
@@ -462,6 +477,7 @@ impl Session {
                         RowState::Published => Stage::AwaitPubrec,
                         RowState::Received => Stage::AwaitPubcomp,
                         RowState::Abandoned => Stage::Abandoned,
+                        RowState::Moved => Stage::Moved,
                     };
                     self.plan(Flight {
                         id,
@@ -499,7 +515,7 @@ impl Session {
         self.connection
     }
 
-    /// The broker's limits, as CONNACK gave them.
+    /// The broker's limits: the stricter of what CONNACK said and what was known before.
     pub fn limits(&self) -> &Limits {
         &self.limits
     }
@@ -530,20 +546,24 @@ impl Session {
         if connack.limits.receive_max == Some(0) || connack.limits.max_packet_bytes == Some(0) {
             return Err(SessionError::Protocol("CONNACK with a limit of zero".into()));
         }
-        self.limits = connack.limits;
+        self.limits = connack.limits.within(self.settings.limits);
         if let Some(seconds) = connack.limits.keep_alive_s {
             self.settings.keep_alive_ms = u64::from(seconds) * 1000;
         }
         match (connack.session_present, self.clean_start) {
             (true, true) => Err(SessionError::NotClean),
+            (present, _) if self.are_rows_void() => {
+                self.forget();
+                self.settle(Change::RowsVoid(self.settings.on_session_loss), present);
+                Ok(())
+            }
             (false, _) => {
                 self.settle_absent();
                 Ok(())
             }
             (true, false) if self.uncertain && self.canary_proven => {
-                self.phase = Phase::Judging { puback_ms: None };
-                let canary = self.canary();
-                self.publish_own(canary, now_ms);
+                self.phase = Phase::Judging { heard_ms: None, refused: None };
+                self.ask_canary(self.canary_qos(), now_ms);
                 Ok(())
             }
             (true, false) => {
@@ -553,6 +573,38 @@ impl Session {
                 self.settle(Change::SessionPresent, true);
                 Ok(())
             }
+        }
+    }
+
+    /// A broker that keeps no session, or does no QoS 2, holds none of our identifiers: a PUBREL would tell it
+    /// nothing, or cost the connection.
+    fn are_rows_void(&self) -> bool {
+        let no_qos2 = self.settings.limits.max_qos.is_some_and(|qos| qos < Qos::ExactlyOnce.number());
+        let qos2 = self.flights.values().any(|flight| flight.qos == Qos::ExactlyOnce);
+        self.settings.clean_start || (no_qos2 && (qos2 || !self.rx_open.is_empty()))
+    }
+
+    /// A broker that counts what it holds from the last connection may have no place left for a QoS 1 canary; and on
+    /// 3.1.1 it cannot say so. At QoS 0 it needs none.
+    fn canary_qos(&self) -> Qos {
+        match self.settings.protocol {
+            Protocol::V311 if self.window().min(self.settings.qos2_window) < 2 => Qos::AtMostOnce,
+            _ => Qos::AtLeastOnce,
+        }
+    }
+
+    /// Publishes the canary, to be judged by its echo. At QoS 0 PINGRESP stands for the PUBACK: a broker answers in
+    /// the order in which it reads.
+    fn ask_canary(&mut self, qos: Qos, now_ms: u64) {
+        let canary = self.canary();
+        match qos.min(self.max_qos()) {
+            Qos::AtMostOnce => {
+                let packet = publish(canary.topic, canary.payload, Qos::AtMostOnce, false, None, None);
+                self.send(Packet::Publish(Box::new(packet)));
+                self.ping_ms = Some(now_ms);
+                self.send(Packet::PingReq);
+            }
+            _ => self.publish_own(canary, now_ms),
         }
     }
 
@@ -622,7 +674,7 @@ impl Session {
                 true
             }
         };
-        while settled && self.room() > 0 {
+        while settled && self.own_room() > 0 {
             let Some(message) = self.own_waiting.pop_front() else { break };
             self.publish_own(message, now_ms);
         }
@@ -630,7 +682,7 @@ impl Session {
 
     fn publish_own(&mut self, message: OwnMessage, now_ms: u64) {
         let OwnMessage { topic, payload, retain, own } = message;
-        let retain = retain && self.limits.retain_available != Some(false);
+        let retain = self.may_retain(retain);
         let qos = Qos::AtLeastOnce.min(self.max_qos());
         let id = if qos == Qos::AtMostOnce {
             None
@@ -649,10 +701,20 @@ impl Session {
         if self.phase != Phase::Running {
             return false;
         }
-        let retain = message.retain && self.limits.retain_available != Some(false);
+        let retain = self.may_retain(message.retain);
+        if retain != message.retain {
+            self.count(Counted::Downgraded, 1);
+        }
         let packet = publish(message.topic, payload, Qos::AtMostOnce, retain, None, None);
         self.send(Packet::Publish(Box::new(packet)));
         true
+    }
+
+    /// RETAIN, where the broker allows it; counted where it does not.
+    fn may_retain(&mut self, retain: bool) -> bool {
+        let allowed = self.limits.retain_available != Some(false);
+        self.count(Counted::DowngradedRetain, u64::from(retain && !allowed));
+        retain && allowed
     }
 
     fn own_id(&mut self, own: Own) -> Option<PacketId> {
@@ -687,7 +749,7 @@ impl Session {
             Packet::PubRel(id, _) => self.on_pubrel(id),
             Packet::PubComp(id, reason) => self.on_pubcomp(id, reason, now_ms),
             Packet::SubAck(id, reasons) => return self.on_suback(id, &reasons, now_ms),
-            Packet::PingResp => self.ping_ms = None,
+            Packet::PingResp => self.on_pingresp(now_ms),
             Packet::Disconnect(ReasonCode::SESSION_TAKEN_OVER) => return Err(SessionError::TakenOver),
             Packet::Disconnect(reason) => return Err(SessionError::Disconnected(reason)),
             Packet::ConnAck(_)
@@ -737,23 +799,45 @@ impl Session {
         }
         match &mut self.phase {
             Phase::Testing { .. } if reason.is_error() => self.run(now_ms),
-            Phase::Judging { .. } if reason.is_error() => self.canary_refused(reason),
+            Phase::Judging { .. } if reason.is_error() => self.canary_refused(reason, now_ms),
             // Not even we are subscribed.
             Phase::Judging { .. } if reason == ReasonCode::NO_MATCHING_SUBSCRIBERS => self.replace(),
-            Phase::Judging { puback_ms } | Phase::Testing { puback_ms, .. } => *puback_ms = Some(now_ms),
+            Phase::Judging { heard_ms, .. } | Phase::Testing { heard_ms, .. } => *heard_ms = Some(now_ms),
             _ => {}
         }
     }
 
+    fn on_pingresp(&mut self, now_ms: u64) {
+        self.ping_ms = None;
+        let canary_is_out = self.own.values().any(|own| *own == Own::Canary);
+        if let Phase::Judging { heard_ms: heard_ms @ None, .. } = &mut self.phase
+            && !canary_is_out
+        {
+            *heard_ms = Some(now_ms);
+        }
+    }
+
     /// A canary that was not published proves nothing by its silence.
-    fn canary_refused(&mut self, reason: ReasonCode) {
+    fn canary_refused(&mut self, reason: ReasonCode, now_ms: u64) {
         if reason == ReasonCode::NOT_AUTHORIZED || is_hopeless(reason) {
             self.believe();
             self.canary_proven = false;
             self.settle(Change::SessionPresent, true);
             self.pending.push(Change::Canary { proven: false });
+        } else if matches!(reason, ReasonCode::RECEIVE_MAXIMUM_EXCEEDED | ReasonCode::QUOTA_EXCEEDED) {
+            // What the broker holds of us may fill its window, and only what is resumed after the verdict frees it.
+            self.phase = Phase::Judging { heard_ms: None, refused: Some(reason) };
+            self.ask_canary(Qos::AtMostOnce, now_ms);
         } else {
             self.end = Some(SessionError::CanaryRefused(reason));
+        }
+    }
+
+    /// The broker had the canary, and no echo came.
+    fn canary_is_silent(&mut self, refused: Option<ReasonCode>) {
+        match refused {
+            Some(reason) => self.end = Some(SessionError::CanaryRefused(reason)),
+            None => self.replace(),
         }
     }
 
@@ -785,11 +869,11 @@ impl Session {
                     self.gated.push(Packet::PubRel(id, ReasonCode::SUCCESS));
                 }
             }
-            Stage::Abandoned if reason.is_error() => {
+            Stage::Abandoned | Stage::Moved if reason.is_error() => {
                 self.land(id, now_ms);
                 self.pending.push(Change::Completed(id));
             }
-            Stage::Abandoned => {}
+            Stage::Abandoned | Stage::Moved => {}
             Stage::AwaitPubcomp if flight.released => {
                 self.count(Counted::AcksUnexpected, 1);
                 self.send(Packet::PubRel(id, ReasonCode::SUCCESS));
@@ -801,12 +885,15 @@ impl Session {
     fn on_pubcomp(&mut self, id: PacketId, reason: ReasonCode, now_ms: u64) {
         match self.flights.get(&id) {
             Some(flight)
-                if matches!(flight.stage, Stage::AwaitPubcomp | Stage::Abandoned) && flight.released => {}
+                if matches!(flight.stage, Stage::AwaitPubcomp | Stage::Abandoned | Stage::Moved)
+                    && flight.released => {}
             _ => return self.count(Counted::AcksUnexpected, 1),
         }
         let Some(flight) = self.land(id, now_ms) else { return };
         if flight.stage == Stage::Abandoned {
             self.count(Counted::Abandoned, 1);
+        } else if flight.stage == Stage::Moved {
+            // Counted when it moved.
         } else if reason == ReasonCode::PACKET_IDENTIFIER_NOT_FOUND {
             // Our earlier PUBREL did it, or the broker forgot the identifier; with a message of this connection
             // it can only be the latter.
@@ -911,7 +998,7 @@ impl Session {
         let (room, qos2_room, max_qos) = (self.room(), self.qos2_room(), self.max_qos());
         let flight = self.flights.get(&id)?;
         match flight.stage {
-            Stage::AwaitPubcomp | Stage::Abandoned => self.release(id),
+            Stage::AwaitPubcomp | Stage::Abandoned | Stage::Moved => self.release(id),
             Stage::AwaitPubrec | Stage::AwaitPuback => {
                 if room == 0 || (flight.qos == Qos::ExactlyOnce && qos2_room == 0) {
                     return Some(id);
@@ -961,11 +1048,10 @@ impl Session {
     fn begin_flight(&mut self, taken: Taken) -> Option<PacketId> {
         let Taken { id, send_no, qos, record } = taken;
         let (lane, seq) = (record.lane, record.seq);
-        if qos < record.qos || (record.retain && self.limits.retain_available == Some(false)) {
-            self.count(Counted::Downgraded, 1);
-        }
+        let retain = self.may_retain(record.retain);
+        self.count(Counted::DowngradedQos, u64::from(qos < record.qos));
+        self.count(Counted::Downgraded, u64::from(qos < record.qos || retain != record.retain));
         if qos == Qos::AtMostOnce {
-            let retain = record.retain && self.limits.retain_available != Some(false);
             let packet = self.publish_record(record, qos, retain, None);
             self.send(Packet::Publish(Box::new(packet)));
             self.pending.push(Change::Acknowledged { lane, seq });
@@ -1048,6 +1134,12 @@ impl Session {
 
     fn room(&self) -> usize {
         usize::from(self.window()).saturating_sub(self.in_flight)
+    }
+
+    /// Room for our own messages: what the broker holds of us and we have not resumed yet has its place already.
+    fn own_room(&self) -> usize {
+        let held = |flight: &&Flight| flight.qos == Qos::ExactlyOnce && !flight.sent;
+        self.room().saturating_sub(self.flights.values().filter(held).count())
     }
 
     /// QoS 2 leaves one place of the window free. mosquitto counts what it holds from the last connection against
@@ -1184,11 +1276,12 @@ impl Session {
     fn subscribe(&mut self, now_ms: u64) {
         let own =
             |topic: &Topic| Subscription { filter: topic.to_string(), qos: Qos::AtLeastOnce, retained: true };
-        let mut filters = vec![
+        let mut filters = Vec::new();
+        if self.is_canary_of_use() {
             // A broker may drop what it sends at QoS 0, and silence would be taken for a new session.
-            own(&self.settings.canary),
-            own(&self.settings.presence),
-        ];
+            filters.push(own(&self.settings.canary));
+        }
+        filters.push(own(&self.settings.presence));
         // A command is meant for now, not for whoever subscribes one day.
         let command = |(filter, qos): &(String, Qos)| Subscription {
             filter: filter.clone(),
@@ -1196,6 +1289,9 @@ impl Session {
             retained: false,
         };
         filters.extend(self.settings.commands.iter().map(command));
+        // Some brokers that do no QoS 2 grant less, others close the connection.
+        let max_qos = self.max_qos();
+        filters.iter_mut().for_each(|filter| filter.qos = max_qos.min(filter.qos));
         self.phase = Phase::Subscribing;
         self.last_progress_ms = now_ms;
         if let Some(id) = self.own_id(Own::Subscribe(filters.clone())) {
@@ -1214,20 +1310,23 @@ impl Session {
         }
         self.own.remove(&id);
         self.last_progress_ms = now_ms;
+        let mut canary_granted = None;
         for (Subscription { filter, qos: asked, .. }, reason) in filters.into_iter().zip(reasons) {
+            if filter == self.settings.canary.as_str() {
+                canary_granted = Some(!reason.is_error());
+            }
             let granted = Qos::from_number(u64::from(reason.0));
             if granted.is_none_or(|granted| granted < asked) {
                 self.events.push(Event::Downgraded { filter, asked, granted });
             }
         }
-        let canary_granted = reasons.first().is_some_and(|reason| !reason.is_error());
-        if !canary_granted && self.canary_proven {
+        if canary_granted == Some(false) && self.canary_proven {
             self.canary_proven = false;
             self.phase = Phase::Proving;
             self.phase_in_pending = true;
             self.pending.push(Change::Canary { proven: false });
-        } else if canary_granted && !self.canary_proven && self.max_qos() > Qos::AtMostOnce {
-            self.phase = Phase::Testing { since_ms: now_ms, puback_ms: None };
+        } else if canary_granted == Some(true) && !self.canary_proven && !self.is_window_held() {
+            self.phase = Phase::Testing { since_ms: now_ms, heard_ms: None };
             // Presence may have taken all the room that Receive Maximum leaves.
             let canary = self.canary();
             self.own_waiting.push_front(canary);
@@ -1236,6 +1335,17 @@ impl Session {
             self.run(now_ms);
         }
         Ok(())
+    }
+
+    /// Where no row is ever resumed, nothing has to be proven.
+    fn is_canary_of_use(&self) -> bool {
+        !self.settings.clean_start && self.max_qos() == Qos::ExactlyOnce
+    }
+
+    /// What is to be resumed takes all the room: another connection must try the canary out.
+    fn is_window_held(&self) -> bool {
+        self.flights.values().filter(|flight| flight.qos == Qos::ExactlyOnce).count()
+            >= usize::from(self.window())
     }
 
     fn run(&mut self, now_ms: u64) {
@@ -1270,7 +1380,12 @@ impl Session {
             return None;
         }
         let (room, qos2_room) = (self.room(), self.qos2_room());
-        let max_bytes = FLIGHT_MAX_BYTES.saturating_sub(self.flight_bytes());
+        // At QoS 0 nothing stays in flight: only the link's own backlog tells that the broker does not keep up.
+        let held_bytes = match self.max_qos() {
+            Qos::AtMostOnce => self.unsent_bytes,
+            _ => self.flight_bytes(),
+        };
+        let max_bytes = FLIGHT_MAX_BYTES.saturating_sub(held_bytes);
         // The store keeps an offer until it can answer it: one that could not take whatever comes first would
         // stay there for ever.
         if room == 0 || qos2_room == 0 || max_bytes == 0 {
@@ -1358,12 +1473,15 @@ impl Session {
             return Err(end);
         }
         match self.phase {
-            Phase::Judging { puback_ms: Some(at) } if now_ms >= at + ECHO_GRACE_MS => self.replace(),
-            Phase::Testing { puback_ms: Some(at), .. } if now_ms >= at + ECHO_GRACE_MS => self.run(now_ms),
+            Phase::Judging { heard_ms: Some(at), refused } if now_ms >= at + ECHO_GRACE_MS => {
+                self.canary_is_silent(refused);
+            }
+            Phase::Testing { heard_ms: Some(at), .. } if now_ms >= at + ECHO_GRACE_MS => self.run(now_ms),
             Phase::Testing { since_ms, .. } if now_ms >= since_ms + 5 * ECHO_GRACE_MS => self.run(now_ms),
             _ => {}
         }
-        let waiting = self.in_flight > 0 || !self.own.is_empty() || self.phase == Phase::Connack;
+        let judging = matches!(self.phase, Phase::Connack | Phase::Judging { heard_ms: None, .. });
+        let waiting = self.in_flight > 0 || !self.own.is_empty() || judging;
         let waited_ms = now_ms.saturating_sub(self.last_progress_ms);
         if waiting && waited_ms >= self.settings.ack_timeout_ms {
             return Err(SessionError::NoProgress { waited_ms });
@@ -1392,6 +1510,11 @@ impl Session {
     /// A packet was written at `now_ms`.
     pub fn on_written(&mut self, now_ms: u64) {
         self.last_out_ms = now_ms;
+    }
+
+    /// So many bytes wait in the link for a broker that does not read them.
+    pub fn set_unsent(&mut self, bytes: usize) {
+        self.unsent_bytes = bytes;
     }
 
     // ---- ends --------------------------------------------------------------------------------------------
@@ -1427,6 +1550,7 @@ impl Session {
                 change,
                 Change::SessionAbsent(_)
                     | Change::SessionReplaced(_)
+                    | Change::RowsVoid(_)
                     | Change::SessionPresent
                     | Change::Canary { .. }
             )

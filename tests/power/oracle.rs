@@ -154,7 +154,7 @@ impl State {
                     self.drop_one(place, "abandoned");
                 }
             }
-            Change::SessionAbsent(policy) => {
+            Change::SessionAbsent(policy) | Change::RowsVoid(policy) => {
                 self.lose_session(*policy);
                 self.clean_start = false;
             }
@@ -327,7 +327,7 @@ fn see(settings: &Settings, state: &State) -> Result<Seen, String> {
     let mut store = Store::open(settings.clone()).map_err(words)?;
     let look = store.look(START).map_err(words)?;
     let owner = (state.owner.0.as_str(), state.owner.1.as_str());
-    let (begin, _) = store.begin(owner, OnSessionLoss::Republish, &[], START).map_err(words)?;
+    let begin = store.begin(owner, OnSessionLoss::Republish, &[], START).map_err(words)?;
     let append =
         Append { messages: Lane::ALL.map(|lane| message(lane, "last")).to_vec(), closes: Vec::new() };
     store.commit(Batch { appends: vec![append], ..Batch::default() }, START).map_err(words)?;

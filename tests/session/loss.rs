@@ -3,9 +3,9 @@
 use fieldpost::message::{Lane, Qos};
 use fieldpost::turn::{Begin, Change, OnSessionLoss, RowState};
 use fieldpost::uplink::packet::{Limits, Packet, Protocol, ReasonCode};
-use fieldpost::uplink::session::{Carry, Counted, Event, SessionError};
+use fieldpost::uplink::session::{Carry, Counted, Event, SessionError, Settings};
 
-use crate::desk::{BOTH, Desk, OK, id, nothing, row, topic_of, words};
+use crate::desk::{BOTH, Desk, OK, id, nothing, row, rows, topic_of, words};
 use crate::support::broker::{ConnectScript, Onward};
 use crate::world::{CANARY, Plan, World, settings};
 
@@ -168,9 +168,93 @@ fn a_canary_refused_for_now_is_asked_again_on_another_connection() {
     let mut desk = Desk::new(Protocol::V5, uncertain());
     desk.connack(true, Limits::default()).unwrap();
     let (_, canary) = desk.canary();
-    let refused = desk.session.on_packet(Packet::PubAck(canary, ReasonCode::QUOTA_EXCEEDED), desk.now_ms);
-    assert_eq!(refused, Err(SessionError::CanaryRefused(ReasonCode::QUOTA_EXCEEDED)));
+    let busy = ReasonCode(0x80);
+    let refused = desk.session.on_packet(Packet::PubAck(canary, busy), desk.now_ms);
+    assert_eq!(refused, Err(SessionError::CanaryRefused(busy)));
     assert_eq!(desk.session.take_unsaved(), []);
+}
+
+#[test]
+fn a_canary_that_finds_the_window_full_is_asked_at_qos_0() {
+    for echoes in [true, false] {
+        let begin = Begin { session_uncertain: true, ..rows(vec![row(1025, 2, RowState::Received)]) };
+        let mut desk = Desk::new(Protocol::V5, begin);
+        desk.connack(true, Limits { receive_max: Some(1), ..Limits::default() }).unwrap();
+        let (_, refused) = desk.canary();
+        desk.get(Packet::PubAck(refused, ReasonCode::QUOTA_EXCEEDED));
+        let sent = desk.sent();
+        let [Packet::Publish(canary), Packet::PingReq] = &sent[..] else { panic!("{sent:?}") };
+        assert_eq!((canary.qos, canary.id), (Qos::AtMostOnce, None));
+        assert!(desk.presence());
+        desk.get(Packet::PingResp);
+        if echoes {
+            desk.echo(&sent[0]);
+            assert_eq!(desk.commit(), [Change::SessionPresent]);
+            desk.suback();
+            assert_eq!(words(&desk.sent()), ["PUBREL 1025"], "presence waits until the broker has room");
+        } else {
+            // A message at QoS 0 may be lost: its silence proves nothing.
+            assert_eq!(desk.pass(2000), Ok(()), "the next tick tells");
+            assert_eq!(desk.pass(0), Err(SessionError::CanaryRefused(ReasonCode::QUOTA_EXCEEDED)));
+        }
+    }
+}
+
+#[test]
+fn a_window_of_one_that_the_broker_still_holds_is_resumed() {
+    for protocol in BOTH {
+        for receive_maximum in [Some(1), None] {
+            let mut plan = Plan::new(protocol);
+            (plan.settings.max_in_flight, plan.settings.qos2_window) = (1, 1);
+            plan.limits.receive_maximum = receive_maximum;
+            let mut world = World::new(plan);
+            world.broker.script.held_limit = Some(1);
+            world.until_running();
+            for _ in 0..5 {
+                world.produce(Lane::Normal, Q2, "t/normal/2/0", 0);
+                world.commit_all();
+                world.round();
+                world.crash(0);
+            }
+            world.finish().unwrap();
+            assert_eq!(world.texts(), ["1", "2", "3", "4", "5"], "{protocol:?} {receive_maximum:?}");
+            let lost = (
+                world.count(Counted::SessionsLost),
+                world.possibly_doubled,
+                world.broker.log.counters.swallowed,
+            );
+            assert_eq!(lost, (0, 0, 0), "{protocol:?} {receive_maximum:?} {:?}", world.ends);
+        }
+    }
+}
+
+#[test]
+fn a_broker_that_keeps_no_session_is_asked_for_none() {
+    for protocol in BOTH {
+        let clean = Settings { clean_start: true, ..settings(protocol) };
+        let begin = rows(vec![row(1024, 1, RowState::Published), row(1025, 2, RowState::Received)]);
+        let mut desk = Desk::with(clean, Begin { session_uncertain: true, ..begin }, Carry::default());
+        assert!(desk.session.clean_start());
+        desk.connack(false, Limits::default()).unwrap();
+        assert_eq!(desk.commit(), [Change::RowsVoid(REPUBLISH)]);
+        desk.suback();
+        assert!(desk.session.is_running(), "there is nothing that a canary could prove");
+        assert_eq!((words(&desk.sent()), desk.count(Counted::SessionsLost)), (vec![], 0));
+    }
+}
+
+#[test]
+fn rows_of_a_broker_that_turns_out_to_do_no_qos_2_are_published_anew_at_qos_1() {
+    for protocol in BOTH {
+        let limits = Limits { max_qos: Some(1), ..Limits::default() };
+        let begin = rows(vec![row(1024, 1, RowState::Published), row(1025, 2, RowState::Received)]);
+        let mut desk = Desk::with(Settings { limits, ..settings(protocol) }, begin, Carry::default());
+        desk.connack(true, Limits::default()).unwrap();
+        assert_eq!(desk.commit(), [Change::RowsVoid(REPUBLISH)]);
+        desk.suback();
+        assert_eq!(words(&desk.sent()), [""; 0], "a PUBREL would cost the connection");
+        assert_eq!(desk.turn().1.unwrap().max_qos, Qos::AtLeastOnce);
+    }
 }
 
 #[test]

@@ -49,7 +49,7 @@ fn the_store_hands_out_a_qos_2_message_in_the_transaction_that_holds_its_packet_
     world.crash(0);
     let now = world.now;
     let policy = OnSessionLoss::Republish;
-    let (begin, _) = world.store().begin(("broker", "box"), policy, &[], now).unwrap();
+    let begin = world.store().begin(("broker", "box"), policy, &[], now).unwrap();
     assert_eq!(begin.resume.len(), 1, "nothing had been sent, and the row is there");
     assert!(world.handed_on().is_empty());
 }

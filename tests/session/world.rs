@@ -21,7 +21,7 @@ use fieldpost::message::{Lane, Message, PacketId, Payload, Qos, Seq, Topic};
 use fieldpost::store::{self, Append, Batch, Store};
 use fieldpost::turn::{Begin, Change, Offer, OnSessionLoss, Taken};
 use fieldpost::uplink::link::{Link, LinkError};
-use fieldpost::uplink::packet::{Connect, Packet, Protocol, Publish, ReasonCode, Subscription};
+use fieldpost::uplink::packet::{Connect, Limits, Packet, Protocol, Publish, ReasonCode, Subscription};
 use fieldpost::uplink::session::{Carry, Counted, Event, Session, Settings};
 use futures_util::FutureExt;
 use tempfile::TempDir;
@@ -131,6 +131,8 @@ pub fn settings(protocol: Protocol) -> Settings {
         ack_timeout_ms: 20_000,
         max_in_flight: 100,
         qos2_window: 20,
+        limits: Limits::default(),
+        clean_start: false,
         on_session_loss: OnSessionLoss::Republish,
         retry_refused_for_ms: 3_600_000,
         canary: Topic::new(CANARY).unwrap(),
@@ -526,7 +528,7 @@ impl World {
         let carry = std::mem::take(&mut self.carry);
         let (now, policy) = (self.now, self.plan.settings.on_session_loss);
         let (unacked, owner) = (carry.unacked(), self.owner.clone());
-        let (mut begin, _) = self.store().begin((&owner, CLIENT), policy, &unacked, now).unwrap();
+        let mut begin = self.store().begin((&owner, CLIENT), policy, &unacked, now).unwrap();
         match self.plan.sabotage {
             Sabotage::IgnoreUncertainty => begin.session_uncertain = false,
             Sabotage::ForgetRows => begin.resume.clear(),
@@ -873,6 +875,12 @@ impl World {
     /// From now on everything goes to another broker, which holds identifiers of an earlier life of this client.
     pub fn move_to_another_broker(&mut self) -> Broker {
         self.owner = "another".into();
+        // As the agent does when it starts with another configuration.
+        let owners = [(self.owner.clone(), CLIENT.to_owned())];
+        let policy = self.plan.settings.on_session_loss;
+        let settled = self.store().keep_owners(&owners, policy).unwrap();
+        self.possibly_doubled += settled.possibly_doubled;
+        self.possibly_lost += settled.possibly_lost;
         let first = std::mem::replace(&mut self.broker, Broker::with_limits(self.plan.limits.clone()));
         self.observe();
         self.haunt(1024..1034);

@@ -52,13 +52,14 @@ pub fn fieldpost(arguments: &[&str]) -> Output {
 #[derive(Clone, Debug)]
 pub struct Config {
     tables: BTreeMap<&'static str, Vec<String>>,
+    other_brokers: Vec<String>,
     rest: String,
 }
 
 impl Config {
     /// Gateway `g1`, which publishes to this broker and tries again at least every second.
     pub fn new(url: &str) -> Config {
-        let config = Config { tables: BTreeMap::new(), rest: String::new() };
+        let config = Config { tables: BTreeMap::new(), other_brokers: Vec::new(), rest: String::new() };
         config
             .with("gateway", "id = \"g1\"")
             .with("broker", &format!("url = \"{url}\""))
@@ -80,6 +81,12 @@ impl Config {
         self.with("broker", &format!("protocol = \"{version}\""))
     }
 
+    /// Another broker to fail over to, with its settings, line by line.
+    pub fn or_else(mut self, lines: &[&str]) -> Config {
+        self.other_brokers.push(format!("[[broker]]\n{}\n", lines.join("\n")));
+        self
+    }
+
     /// More text, after the tables: lines and units.
     pub fn and(mut self, text: &str) -> Config {
         self.rest.push_str(text);
@@ -90,9 +97,11 @@ impl Config {
     pub fn text(&self) -> String {
         let mut text = String::new();
         for (table, lines) in &self.tables {
-            let _ = writeln!(text, "[{table}]\n{}\n", lines.join("\n"));
+            let several = *table == "broker" && !self.other_brokers.is_empty();
+            let header = if several { format!("[[{table}]]") } else { format!("[{table}]") };
+            let _ = writeln!(text, "{header}\n{}\n", lines.join("\n"));
         }
-        text + &self.rest
+        text + &self.other_brokers.join("\n") + &self.rest
     }
 }
 

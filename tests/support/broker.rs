@@ -24,7 +24,7 @@ pub mod wire;
 
 pub use control::Memory;
 pub use log::{ConnId, Log, Seen, Tally, Way};
-pub use script::{ConnectScript, Cut, CutAt, CutWhen, Limits, Onward, Refusal, Script, Times};
+pub use script::{ConnectScript, Cut, CutAt, CutWhen, Limits, Onward, Refusal, Script, Times, Unsaid};
 pub use server::BrokerServer;
 pub use session::Message;
 pub use wire::{Kind, Version};
@@ -213,6 +213,10 @@ impl Broker {
     /// A rule was broken that costs the connection (5.0 clause 4.13; 3.1.1 clause 4.8).
     fn fail(&mut self, conn: ConnId, fault: &Fault, now_ms: u64) {
         let Some(connection) = self.connections.get(&conn) else { return };
+        if let Some(limit) = fault.unsaid {
+            self.log.limits_hit.push(limit);
+            return self.close(conn, true, now_ms);
+        }
         let (stage, version) = (connection.stage, connection.version);
         // 3.1.1 has no way to announce Maximum Packet Size, so a client cannot break it.
         if fault.reason != 0x95 || version != Some(Version::V311) {

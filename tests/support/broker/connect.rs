@@ -4,7 +4,7 @@
 
 use super::log::{ConnId, Connected};
 use super::packet::{self, Connect, Will};
-use super::script::ConnectScript;
+use super::script::{ConnectScript, Unsaid};
 use super::session::{Connection, Message, Session, Stage};
 use super::wire::{Fault, Kind, Properties, Value, Version, property as p};
 use super::{Broker, Output};
@@ -38,8 +38,13 @@ impl Broker {
     }
 
     /// The code an honest broker would refuse this CONNECT with.
-    fn refusal(&self, connect: &Connect) -> Option<u8> {
+    fn refusal(&mut self, connect: &Connect) -> Option<u8> {
         let v5 = connect.version == Version::V5;
+        if let Some(limit) = self.limits.unsaid.broken_by(connect) {
+            self.log.limits_hit.push(limit);
+            // 3.1.1: identifier rejected, which is what Huawei answers to a Keep Alive out of range.
+            return Some(if v5 { 0x83 } else { 2 });
+        }
         if connect.properties.get(p::AUTHENTICATION_METHOD).is_some() {
             return Some(0x8c);
         }
@@ -286,6 +291,24 @@ impl Broker {
             self.output.push(Output::Close(conn));
             self.end(conn, true, now_ms);
         }
+    }
+}
+
+impl Unsaid {
+    /// The first of these limits that a CONNECT breaks.
+    fn broken_by(&self, connect: &Connect) -> Option<&'static str> {
+        let will = connect.will.as_ref();
+        let broken = [
+            ("no_session", self.no_session && !connect.clean),
+            (
+                "keep_alive",
+                self.keep_alive.as_ref().is_some_and(|range| !range.contains(&connect.keep_alive)),
+            ),
+            ("no_will", self.no_will && will.is_some()),
+            ("no_retain", self.no_retain && will.is_some_and(|will| will.retain)),
+            ("maximum_qos", will.is_some_and(|will| self.maximum_qos.is_some_and(|most| will.qos > most))),
+        ];
+        broken.into_iter().find_map(|(limit, broken)| broken.then_some(limit))
     }
 }
 

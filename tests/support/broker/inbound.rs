@@ -41,6 +41,7 @@ impl Broker {
 
     /// What CONNACK announced; on 3.1.1 it could not announce anything.
     fn check_limits(&self, publish: &Publish, conn: ConnId) -> Result<(), Fault> {
+        self.check_unsaid(publish, conn)?;
         if self.version(conn) != Version::V5 {
             return Ok(());
         }
@@ -51,6 +52,26 @@ impl Broker {
         }
         if publish.retain && !self.limits.retain_available {
             return Err(Fault::new(0x9a, "RETAIN although Retain Available is 0 (MQTT-3.2.2-14)"));
+        }
+        Ok(())
+    }
+
+    fn check_unsaid(&self, publish: &Publish, conn: ConnId) -> Result<(), Fault> {
+        let unsaid = &self.limits.unsaid;
+        let (version, outstanding) =
+            self.connections.get(&conn).map_or((Version::V311, 0), |c| (self.version(conn), c.outstanding));
+        let bytes = packet::encode_publish(version, publish).len();
+        if unsaid.maximum_qos.is_some_and(|maximum| publish.qos > maximum) {
+            return Err(Fault::unsaid("maximum_qos"));
+        }
+        if unsaid.no_retain && publish.retain {
+            return Err(Fault::unsaid("no_retain"));
+        }
+        if unsaid.publish_bytes.is_some_and(|maximum| bytes > maximum) {
+            return Err(Fault::unsaid("publish_bytes"));
+        }
+        if unsaid.in_flight.is_some_and(|maximum| publish.qos > 0 && outstanding >= maximum) {
+            return Err(Fault::unsaid("in_flight"));
         }
         Ok(())
     }
@@ -209,6 +230,9 @@ impl Broker {
             None => {}
         }
         let held = self.sessions.get(&message.from).map_or(0, |s| s.held.len());
+        if message.qos > 0 && self.script.held_limit.is_some_and(|limit| held >= limit) {
+            return if v5 { Verdict::Refuse(0x97) } else { Verdict::Swallow };
+        }
         match self.script.silent_limit {
             Some(limit) if !v5 && message.qos == 2 && held >= limit => Verdict::Swallow,
             _ => Verdict::Take,

@@ -215,6 +215,8 @@ pub struct Log {
     pub wills: Vec<Will>,
     /// Rules broken by clients.
     pub violations: Vec<Violation>,
+    /// Limits of `script::Unsaid` that clients broke.
+    pub limits_hit: Vec<&'static str>,
     /// By connection.
     pub connections: BTreeMap<ConnId, ConnectionLog>,
     /// Sums.
@@ -232,6 +234,7 @@ impl Default for Log {
             connects: Vec::new(),
             wills: Vec::new(),
             violations: Vec::new(),
+            limits_hit: Vec::new(),
             connections: BTreeMap::new(),
             counters: Counters::default(),
         }

@@ -22,6 +22,10 @@ impl Broker {
     ) -> Result<(), Fault> {
         let version = self.version(conn);
         let Some(client_id) = self.connections.get(&conn).map(|c| c.client_id.clone()) else { return Ok(()) };
+        let above = |most| requests.iter().any(|request: &Request| request.qos > most);
+        if self.limits.unsaid.maximum_qos.is_some_and(above) {
+            return Err(Fault::unsaid("maximum_qos"));
+        }
         let mut codes = Vec::new();
         let mut retained = Vec::new();
         for mut request in requests {

@@ -5,6 +5,7 @@
 
 use super::wire::Kind;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::ops::RangeInclusive;
 
 /// When a QoS 2 message is handed to subscribers (clause 4.3.3, figure 4.3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +47,28 @@ pub struct Limits {
     pub login: Option<(String, String)>,
     /// Milliseconds a new connection may take to send CONNECT.
     pub connect_timeout_ms: u64,
+    /// What it enforces without ever announcing it.
+    pub unsaid: Unsaid,
+}
+
+/// Limits of cloud brokers, which do not announce them: a client that breaks one is refused or thrown out, on both
+/// versions, and `Log::limits_hit` says which it was.
+#[derive(Clone, Debug, Default)]
+pub struct Unsaid {
+    /// Highest QoS of a PUBLISH, a subscription and a Will.
+    pub maximum_qos: Option<u8>,
+    /// No RETAIN.
+    pub no_retain: bool,
+    /// No Will.
+    pub no_will: bool,
+    /// Keep Alive in seconds.
+    pub keep_alive: Option<RangeInclusive<u16>>,
+    /// Bytes of one PUBLISH, fixed header included.
+    pub publish_bytes: Option<usize>,
+    /// PUBLISHes of QoS 1 and 2 unfinished on one connection.
+    pub in_flight: Option<usize>,
+    /// Every CONNECT must ask for a clean session.
+    pub no_session: bool,
 }
 
 impl Default for Limits {
@@ -65,6 +88,7 @@ impl Default for Limits {
             queue_maximum: 100_000,
             login: None,
             connect_timeout_ms: 30_000,
+            unsaid: Unsaid::default(),
         }
     }
 }
@@ -196,6 +220,9 @@ pub struct Script {
     /// On 3.1.1 a QoS 2 PUBLISH that finds this many held gets its PUBREC and is thrown away (mosquitto 2.0.11
     /// does so, with 20, in its default configuration).
     pub silent_limit: Option<usize>,
+    /// A PUBLISH of QoS 1 or 2 that finds this many QoS 2 ids held, those of earlier connections included, is refused
+    /// with 0x97 on 5.0 and acknowledged and thrown away on 3.1.1: mosquitto's `max_inflight_messages`.
+    pub held_limit: Option<usize>,
     /// Connections to drop.
     pub cuts: Vec<Cut>,
 }

@@ -67,12 +67,19 @@ pub struct Fault {
     pub reason: u8,
     /// What was seen and which clause forbids it.
     pub text: String,
+    /// The limit that was broken, where no clause but the broker's owner forbids it.
+    pub unsaid: Option<&'static str>,
 }
 
 impl Fault {
     /// Any reason code.
     pub fn new(reason: u8, text: impl Into<String>) -> Fault {
-        Fault { reason, text: text.into() }
+        Fault { reason, text: text.into(), unsaid: None }
+    }
+
+    /// A limit of `script::Unsaid`: the connection is closed without a word.
+    pub fn unsaid(limit: &'static str) -> Fault {
+        Fault { unsaid: Some(limit), ..Fault::new(0x80, limit) }
     }
 
     /// 0x81 Malformed Packet.

@@ -1,0 +1,55 @@
+//! What a configuration asks for and a broker it names does not have, in words. Nothing here is a problem: the agent
+//! does what it can, counts it, and says so.
+
+use super::{Broker, Config, Point};
+use crate::message::Qos;
+
+pub(super) fn warnings(config: &Config) -> Vec<String> {
+    let several = !config.other_brokers.is_empty();
+    let mut warnings = Vec::new();
+    for broker in config.brokers() {
+        let header = if several { format!("[[broker]] {}", broker.host) } else { "[broker]".to_owned() };
+        warnings.extend(of(broker, &config.points).into_iter().map(|words| format!("{header} {words}")));
+    }
+    warnings
+}
+
+fn of(broker: &Broker, points: &[Point]) -> Vec<String> {
+    let mut warnings = Vec::new();
+    let asking = |asks: &dyn Fn(&Point) -> bool| {
+        let mut names = points.iter().filter(|point| asks(point)).map(|point| point.report.id.to_string());
+        let first = names.next()?;
+        Some(match names.count() {
+            0 => format!("{first} asks"),
+            more => format!("{first} and {more} more ask"),
+        })
+    };
+    let max_qos = broker.max_qos.number();
+    if let Some(who) = asking(&|point| point.report.qos > broker.max_qos) {
+        warnings.push(format!("max_qos = {max_qos}, but {who} for more: sent at QoS {max_qos}"));
+    }
+    if broker.max_qos == Qos::AtMostOnce {
+        warnings.push(
+            "max_qos = 0: every message is sent once and called delivered, whether it arrives or not".into(),
+        );
+    }
+    if !broker.retain {
+        if let Some(who) = asking(&|point| point.report.retain) {
+            warnings.push(format!("retain = false, but {who} for it: sent without"));
+        }
+        warnings.push("retain = false: the broker keeps neither presence nor unit states".into());
+    }
+    if !broker.will {
+        warnings.push("will = false: the broker does not say when the gateway is lost".into());
+    }
+    if broker.clean_start {
+        let doubled = match broker.max_qos {
+            Qos::ExactlyOnce => {
+                ", and QoS 2 messages in flight when a link breaks may arrive twice (counted as possibly_doubled)"
+            }
+            _ => "",
+        };
+        warnings.push(format!("clean_start = true: commands sent during an outage are lost{doubled}"));
+    }
+    warnings
+}
