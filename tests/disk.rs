@@ -99,7 +99,9 @@ impl Disk {
 
     fn config(&self, url: &str) -> Config {
         let path = format!("path = \"{}\"", self.database().display());
-        Config::new(url).with("store", &path).with("control", "socket = \"control.sock\"")
+        // These disks are smaller than what is kept free of a real one.
+        let config = Config::new(url).with("store", &path).with("store", "min_free_disk = \"0B\"");
+        config.with("control", "socket = \"control.sock\"")
     }
 
     fn free(&self) -> u64 {
