@@ -1,0 +1,7 @@
+//! Feeds `targets::command`.
+#![no_main]
+
+#[path = "../targets.rs"]
+mod targets;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| targets::command(data));
