@@ -550,12 +550,15 @@ impl Workload {
             let took = count.saturating_sub(by_change.max(known)) as usize;
             let now = self.now.mono_ms;
             let expired = |expires_at: Option<u64>| expires_at.is_some_and(|at| at <= now);
-            let places: Vec<Place> = self
-                .state
-                .waiting
-                .range((lane, 0)..=(lane, u64::MAX))
-                .filter(|(place, kept)| {
-                    !held.contains(place) && (reason != "expired" || expired(kept.expires_at))
+            let of_lane = || self.state.waiting.range((lane, 0)..=(lane, u64::MAX));
+            // For bytes whole segments go, and one with something in flight stays.
+            let in_flight = of_lane().filter(|(place, _)| held.contains(place));
+            let pinned: BTreeSet<u64> = in_flight.map(|(_, kept)| kept.segment).collect();
+            let places: Vec<Place> = of_lane()
+                .filter(|(place, kept)| match reason.as_str() {
+                    "quota" => !pinned.contains(&kept.segment),
+                    "expired" => !held.contains(place) && expired(kept.expires_at),
+                    _ => !held.contains(place),
                 })
                 .map(|(place, _)| *place)
                 .take(took)
