@@ -292,6 +292,8 @@ fn failing_syncs(seed: u64) -> (Outcome, i64) {
         });
         assert!(failed, "{}", agent.tail());
         if bad < 0 {
+            // It may still wait from before, and then nothing is written and nothing fails.
+            producer.hold(false);
             agent.expect(PATIENCE, "not accepting", |status| !status.store.accepting);
             shim.set(Switch::SyncBad, 0);
         }
