@@ -793,7 +793,7 @@ fn give_up_reserve(path: &Path) {
 /// Whether the file system takes no writes. Asked of the reserve: to close another handle of the database itself
 /// would give up its lock.
 fn is_read_only(path: &Path) -> bool {
-    let opened =
-        fs::OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(reserve_path(path));
+    // Not made where it is missing: beside an empty database it says that one was lost.
+    let opened = fs::OpenOptions::new().write(true).open(reserve_path(path));
     opened.is_err_and(|error| error.kind() == io::ErrorKind::ReadOnlyFilesystem)
 }

@@ -26,8 +26,6 @@ pub struct Kept {
     pub payload: Bytes,
     /// By the monotonic clock, in milliseconds.
     pub expires_at: Option<u64>,
-    /// The first number of what was accepted together with it in its lane: one segment of the database.
-    pub segment: u64,
 }
 
 /// A QoS 2 exchange that has begun.
@@ -85,7 +83,6 @@ impl Default for State {
 impl State {
     /// Messages were accepted together.
     pub fn accept(&mut self, messages: &[Message], now: Stamp) {
-        let firsts = self.next;
         for message in messages {
             let seq = self.next[message.lane as usize];
             self.next[message.lane as usize] += 1;
@@ -94,7 +91,6 @@ impl State {
                 qos: message.qos,
                 payload: message.payload.clone().finish(self.epoch, Seq(seq)),
                 expires_at: message.expires_after.map(|after| now.mono_ms + after.as_millis() as u64),
-                segment: firsts[message.lane as usize],
             };
             self.waiting.insert((message.lane, seq), kept);
         }
@@ -393,7 +389,7 @@ pub fn hand_out_all(settings: &Settings) -> BTreeMap<Place, Kept> {
     let records = drain(&mut store).expect("it can be read");
     let kept = records.into_iter().map(|record| {
         let Record { lane, seq, topic, qos, payload, .. } = record;
-        ((lane, seq.0), Kept { topic, qos, payload, expires_at: None, segment: 0 })
+        ((lane, seq.0), Kept { topic, qos, payload, expires_at: None })
     });
     kept.collect()
 }

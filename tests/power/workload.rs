@@ -8,6 +8,7 @@ use bytes::Bytes;
 use fastrand::Rng;
 use fieldpost::clock::Stamp;
 use fieldpost::message::{Lane, Message, PacketId, Payload, Qos, Seq, Topic};
+use fieldpost::store::browse::{Ask, Found};
 use fieldpost::store::{Append, Batch, Committed, Gap, Settings, Store, StoreError};
 use fieldpost::turn::{Change, Hold, Inbound, Offer, OnSessionLoss, Resume, RowState, Taken};
 
@@ -550,24 +551,41 @@ impl Workload {
             let took = count.saturating_sub(by_change.max(known)) as usize;
             let now = self.now.mono_ms;
             let expired = |expires_at: Option<u64>| expires_at.is_some_and(|at| at <= now);
-            let of_lane = || self.state.waiting.range((lane, 0)..=(lane, u64::MAX));
-            // For bytes whole segments go, and one with something in flight stays.
-            let in_flight = of_lane().filter(|(place, _)| held.contains(place));
-            let pinned: BTreeSet<u64> = in_flight.map(|(_, kept)| kept.segment).collect();
-            let places: Vec<Place> = of_lane()
-                .filter(|(place, kept)| match reason.as_str() {
-                    "quota" => !pinned.contains(&kept.segment),
-                    "expired" => !held.contains(place) && expired(kept.expires_at),
-                    _ => !held.contains(place),
-                })
-                .map(|(place, _)| *place)
-                .take(took)
-                .collect();
+            let left = if reason == "quota" { self.listed(lane) } else { BTreeSet::new() };
+            let of_lane = self.state.waiting.range((lane, 0)..=(lane, u64::MAX));
+            // For bytes whole segments go, and one with something in flight stays: which, the store says.
+            let may_go = of_lane.filter(|(place, kept)| match reason.as_str() {
+                "quota" => !left.contains(&place.1),
+                "expired" => !held.contains(place) && expired(kept.expires_at),
+                _ => !held.contains(place),
+            });
+            let mut may_go: Vec<(bool, Place)> =
+                may_go.map(|(place, kept)| (expired(kept.expires_at), *place)).collect();
+            if reason == "quota" {
+                // What is gone and had expired may have gone for that.
+                may_go.sort();
+            }
+            let places: Vec<Place> = may_go.into_iter().map(|(_, place)| place).take(took).collect();
+            if let Some(place) = places.iter().find(|place| held.contains(place)) {
+                self.complain(format!("{place:?} was in flight and is dropped by the {reason}"));
+            }
             for place in places {
                 self.count(if reason == "expired" { "expired" } else { "dropped by quota" });
                 self.state.drop_one(place, &reason);
             }
         }
+    }
+
+    /// The numbers of the messages of a lane that the store still has.
+    fn listed(&mut self, lane: Lane) -> BTreeSet<u64> {
+        let (mut numbers, mut from) = (BTreeSet::new(), Some(Seq(0)));
+        while let (Some(next), Some(store)) = (from, &mut self.store) {
+            let ask = Ask::Messages { lane, from: next, limit: 500, payloads: false };
+            let Ok(Found::Messages { messages, next }) = store.browse(&ask, self.now) else { break };
+            numbers.extend(messages.iter().map(|message| message.seq.0));
+            from = next;
+        }
+        numbers
     }
 
     fn look(&mut self) {
