@@ -12,7 +12,7 @@ use std::fmt;
 use std::time::{Duration, Instant};
 
 use fieldpost::agent::Faults;
-use fieldpost::control::wire::Status;
+use fieldpost::control::wire::{LinkState, Status};
 use fieldpost::message::Qos;
 use fieldpost::store;
 use support::agent::{self, Agent, Config};
@@ -192,7 +192,7 @@ async fn torture(protocol: &str, count: u16) -> Outcome {
     let mut agent = Agent::prepared(&config(&proxy.url(), &ports).protocol(protocol));
     agent.preload(power::library(tools.path()));
     agent.start_again();
-    agent.expect(PATIENCE, "connected", |status| status.link.session_present == Some(false));
+    agent.expect(PATIENCE, "connected", |status| status.link.state == LinkState::Connected);
     proxy.set_plan(CutPlan::Random { seed, least: 1_000, most: 30_000 }).await;
     let mut outcome = Outcome::default();
     let (mut sent, began) = (0, Instant::now());
@@ -282,7 +282,7 @@ async fn a_retained_command_is_refused_on_311_and_not_even_sent_on_5() {
         let asker = Asker::start(broker.port(), &["fieldpost/g1/answer"]).await;
         mosquitto::publish(broker.port(), &["-q", "1", "-r", "-t", TOPIC, "-m", &payload(2)]);
         let agent = Agent::start(&config(&broker.url(), &[plant.port()]).protocol(protocol));
-        agent.expect(PATIENCE, "connected", |status| status.link.session_present == Some(false));
+        agent.expect(PATIENCE, "connected", |status| status.link.state == LinkState::Connected);
         asker.ask(TOPIC, &payload(4), Qos::AtLeastOnce, None).await;
         let all = if protocol == "5" { 1 } else { 2 };
         let answered = wait_until_async(PATIENCE, async || asker.answers().len() == all).await;
@@ -303,7 +303,7 @@ async fn a_line_that_is_down_fails_its_own_commands_and_no_other_line_waits() {
     let plant = Plant::start().await;
     let asker = Asker::start(broker.port(), &["fieldpost/g1/answer"]).await;
     let agent = Agent::start(&config(&broker.url(), &[mosquitto::free_port(), plant.port()]));
-    agent.expect(PATIENCE, "connected", |status| status.link.session_present == Some(false));
+    agent.expect(PATIENCE, "connected", |status| status.link.state == LinkState::Connected);
     for number in 0..8 {
         asker.ask(TOPIC, &payload(number), Qos::AtLeastOnce, None).await;
     }
@@ -320,7 +320,7 @@ async fn a_line_that_is_down_fails_its_own_commands_and_no_other_line_waits() {
 async fn without_a_writable_point_the_command_topic_is_not_subscribed_to() {
     let broker = mosquitto();
     let agent = Agent::start(&Config::new(&broker.url()));
-    agent.expect(PATIENCE, "connected", |status| status.link.session_present == Some(false));
+    agent.expect(PATIENCE, "connected", |status| status.link.state == LinkState::Connected);
     assert!(broker.wait_for_log(PATIENCE, "fieldpost/g1/state (QoS"), "presence is subscribed to");
     assert!(!broker.log().contains(TOPIC));
 }
@@ -336,7 +336,7 @@ async fn a_flood_of_commands_is_refused_and_starves_nothing() {
         .with("commands", "max_per_second = 5")
         .with("commands", "burst = 20");
     let agent = Agent::start(&limits);
-    agent.expect(PATIENCE, "connected", |status| status.link.session_present == Some(false));
+    agent.expect(PATIENCE, "connected", |status| status.link.state == LinkState::Connected);
     let (before_kib, began) = (agent.resident_kib(), Instant::now());
     for number in 0..FLOOD {
         asker.ask(TOPIC, &payload(number), Qos::AtLeastOnce, None).await;
@@ -365,7 +365,7 @@ async fn executed_around_kills(faults: Faults, kills: usize) -> Outcome {
     let mut agent = Agent::prepared(&config(&broker.url(), &[plant.port(), plant.port()]));
     agent.have_faults(faults);
     agent.start_again();
-    agent.expect(PATIENCE, "connected", |status| status.link.session_present == Some(false));
+    agent.expect(PATIENCE, "connected", |status| status.link.state == LinkState::Connected);
     let mut outcome = Outcome::default();
     let mut number = 0;
     while outcome.kills < kills {
