@@ -9,8 +9,8 @@ mod support;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use fieldpost::control::wire::{Publish, Question};
-use support::agent::{Agent, Config, publish, queued};
+use fieldpost::control::wire::{Publish, Question, Status};
+use support::agent::{Agent, Config, drained, publish, queued};
 use support::broker::{Broker, BrokerServer, Kind, Limits, Unsaid};
 use support::mosquitto::{Mosquitto, Options};
 use support::proxy::Proxy;
@@ -351,9 +351,8 @@ async fn a_mosquitto_with_place_for_one_message_is_served_after_every_cut() {
         let agent = Agent::start(&config.with("broker", "max_in_flight = 1"));
         let (mut accepted, mut cuts) = (0, 0);
         while cuts < 5 {
-            agent.expect(PATIENCE, "idle", |status| {
-                status.counters["connects"] == cuts + 1 && status.link.in_flight == 0 && queued(status) == 0
-            });
+            let idle = |status: &Status| status.counters["connects"] == cuts + 1 && drained(status);
+            agent.expect(PATIENCE, "idle", idle);
             // What the broker answers is not heard any more.
             proxy.stall(false, true);
             agent.accept("t/2", 2, ["held", "next"]);

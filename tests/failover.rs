@@ -10,7 +10,7 @@ mod support;
 
 use std::time::Duration;
 
-use support::agent::{Agent, Config, queued};
+use support::agent::{Agent, Config};
 use support::broker::{Broker, BrokerServer, Kind};
 use support::mosquitto::{Mosquitto, Options};
 use support::producer::{Outcome, Produced, numbered};
@@ -253,7 +253,7 @@ async fn a_broker_whose_port_alone_is_back_costs_one_short_absence() {
     agent.expect(PATIENCE, "tried to go back", |status| status.counters["failbacks"] >= 2);
     is_at(&agent, &to_second.url(), "at the second broker again");
     agent.accept_all((0..100).map(|n| numbered(n, 2)));
-    agent.expect(PATIENCE, "delivered", |status| queued(status) == 0);
+    agent.expect_drained(PATIENCE);
     outcome(100, &received(&second).await).assert_exactly_once();
     first.with(|broker| broker.script.every_connect.refuse = None).await;
     is_at(&agent, &to_first.url(), "at the first broker in the end");

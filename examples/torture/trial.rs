@@ -16,7 +16,7 @@ use crate::log::BrokerLog;
 use crate::plan::{Aim, Cycle, End, Fault, Plan};
 use crate::producer::Producer;
 use crate::screen::Screen;
-use crate::support::agent::queued;
+use crate::support::agent::drained;
 use crate::support::mosquitto::{self, Mosquitto, Options};
 use crate::support::proxy::{CutPlan, Proxy};
 use crate::tally::{Tally, Verdict, topic};
@@ -428,7 +428,7 @@ impl Trial {
                 return false;
             }
             last = trial.agent.status();
-            last.as_ref().is_some_and(|status| queued(status) == 0 && status.link.in_flight == 0)
+            last.as_ref().is_some_and(drained)
         };
         self.until(DRAIN, "the delivery of everything that waits", quiet).await?;
         self.look()?;
