@@ -39,6 +39,22 @@ fn mosquitto() -> Mosquitto {
     Mosquitto::start(Options { unlimited: true, persistence: true, ..Options::default() })
 }
 
+/// The agent accepts what the producer has.
+fn goes_on(agent: &Agent, producer: &Producer) {
+    let accepted = producer.accepted();
+    assert!(wait_until(PATIENCE, || producer.accepted() > accepted + 300), "{}", agent.tail());
+}
+
+/// Everything that was accepted is at the broker, once and in order.
+fn nothing_is_lost_or_doubled(mut agent: Agent, producer: Producer, broker: &Mosquitto) {
+    let produced = producer.stop();
+    agent.expect_drained(PATIENCE);
+    assert!(agent.terminate().success());
+    let outcome = Outcome::logged(&produced, &broker.received());
+    println!("{outcome}");
+    outcome.assert_exactly_once();
+}
+
 fn settings(path: &Path) -> Settings {
     Settings::new(path.to_owned())
 }
@@ -388,12 +404,7 @@ async fn syncs_that_take_seconds_lose_nothing_and_the_link_and_the_polling_go_on
         assert_eq!(after.counters["connects"], 1, "the link was lost:\n{}", agent.tail());
     }
     assert!(!broker.log().contains("exceeded timeout"), "keep alive was not answered:\n{}", broker.log());
-    let produced = producer.stop();
-    agent.expect_drained(PATIENCE);
-    assert!(agent.terminate().success());
-    let outcome = Outcome::logged(&produced, &broker.received());
-    println!("{outcome}");
-    outcome.assert_exactly_once();
+    nothing_is_lost_or_doubled(agent, producer, &broker);
 }
 
 // ---- a file system that takes no writes --------------------------------------------------------------------
@@ -406,8 +417,7 @@ fn a_read_only_file_system_is_named_and_left_behind_when_it_can_be_written_again
     agent.start_again();
     let producer = Producer::start(agent.socket(), 2);
     for _ in 0..3 {
-        let accepted = producer.accepted();
-        assert!(wait_until(PATIENCE, || producer.accepted() > accepted + 300), "{}", agent.tail());
+        goes_on(&agent, &producer);
         let error = i64::from(Errno::ROFS.raw_os_error());
         shim.set(Switch::OpenError, error);
         shim.set(Switch::WriteError, error);
@@ -424,14 +434,8 @@ fn a_read_only_file_system_is_named_and_left_behind_when_it_can_be_written_again
         shim.set(Switch::OpenError, 0);
         shim.set(Switch::WriteError, 0);
     }
-    let accepted = producer.accepted();
-    assert!(wait_until(PATIENCE, || producer.accepted() > accepted + 300), "{}", agent.tail());
-    let produced = producer.stop();
-    agent.expect_drained(PATIENCE);
-    assert!(agent.terminate().success());
-    let outcome = Outcome::logged(&produced, &broker.received());
-    println!("{outcome}");
-    outcome.assert_exactly_once();
+    goes_on(&agent, &producer);
+    nothing_is_lost_or_doubled(agent, producer, &broker);
 }
 
 /// As above, with no space for any write: what can be had of a full disk without mounting one.
@@ -443,8 +447,7 @@ fn no_space_for_any_write_loses_and_doubles_nothing() {
     agent.start_again();
     let producer = Producer::start(agent.socket(), 2);
     for _ in 0..3 {
-        let accepted = producer.accepted();
-        assert!(wait_until(PATIENCE, || producer.accepted() > accepted + 300), "{}", agent.tail());
+        goes_on(&agent, &producer);
         shim.set(Switch::WriteError, i64::from(Errno::NOSPC.raw_os_error()));
         let full =
             |status: &Status| status.store.error.as_ref().is_some_and(|error| error.contains("is full"));
@@ -452,14 +455,8 @@ fn no_space_for_any_write_loses_and_doubles_nothing() {
         assert!(!accepts(&agent));
         shim.set(Switch::WriteError, 0);
     }
-    let accepted = producer.accepted();
-    assert!(wait_until(PATIENCE, || producer.accepted() > accepted + 300), "{}", agent.tail());
-    let produced = producer.stop();
-    agent.expect_drained(PATIENCE);
-    assert!(agent.terminate().success());
-    let outcome = Outcome::logged(&produced, &broker.received());
-    println!("{outcome}");
-    outcome.assert_exactly_once();
+    goes_on(&agent, &producer);
+    nothing_is_lost_or_doubled(agent, producer, &broker);
 }
 
 #[test]
