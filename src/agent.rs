@@ -320,7 +320,8 @@ impl Agent {
         if asked { Ok(()) } else { Err(AgentError::Unasked) }
     }
 
-    /// In the order of the flow: writes under way are finished, nothing new comes in, what came in is stored, what is in flight is finished.
+    /// In the order of the flow: writes under way are finished, nothing new comes in, what came in is stored, what is
+    /// in flight is finished.
     async fn stop(&mut self, deadline: Instant) {
         let _gone = self.stop_dispatch.send(true);
         join(&mut self.dispatch, deadline, "the commands").await;

@@ -103,6 +103,8 @@ impl Reporter {
                 Wake::Published(reply, answer) => tell(reply, answer),
                 Wake::Tick => {
                     corrections.extend(watch.look(clock::now()));
+                    let beyond = corrections.len().saturating_sub(CORRECTIONS_MAX);
+                    self.stats.clock_corrections_dropped.add(beyond as u64);
                     corrections.truncate(CORRECTIONS_MAX);
                     self.tell_corrections(&mut corrections).await;
                     self.speak(&mut told).await;

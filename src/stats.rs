@@ -133,6 +133,8 @@ counters! {
     failovers,
     /// Times a broker that stands earlier in the list was back and messages went there again.
     failbacks,
+    /// Corrections of the clock given up because the store took none of too many.
+    clock_corrections_dropped,
     /// Sessions the broker turned out to have lost.
     sessions_lost,
 }

@@ -614,9 +614,9 @@ fn start(db: &Connection) -> Result<Boot, rusqlite::Error> {
 
 /// As [`start`] sees it, without writing anything down.
 fn visited(db: &Connection) -> Result<Boot, rusqlite::Error> {
-    let now = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let now = clock::boot_id();
     db.query_row("SELECT epoch, boot, kernel_boot, kernel_boot_id FROM meta", [], |row| {
-        let another = row.get::<_, String>(3)? != now.trim();
+        let another = row.get::<_, String>(3)? != now;
         let kernel_boot = row.get::<_, u32>(2)? + u32::from(another);
         Ok(Boot { epoch: row.get(0)?, boot: row.get(1)?, kernel_boot })
     })

@@ -329,7 +329,8 @@ impl SessionTable {
         }
     }
 
-    /// Hands out waiting messages, alarms first (live ones before that, if so asked), and writes the rows of the QoS 2 ones.
+    /// Hands out waiting messages, alarms first (live ones before that, if so asked), and writes the rows of the
+    /// QoS 2 ones.
     pub(crate) fn take(
         &mut self,
         db: &Connection,
