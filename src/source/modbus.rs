@@ -1,5 +1,6 @@
-//! Modbus: the reads of a line (`plan`), what the registers mean (`register`), the wire (`client`), what is asked
-//! to be written (`desk`), and the task that owns a line and joins them (`line`).
+//! Modbus: the reads of a line (`plan`), what the registers mean (`register`), the wire (`client`) and the silence
+//! between its frames (`silence`), what is asked to be written (`desk`), and the task that owns a line and joins them
+//! (`line`).
 //!
 //! Here stands what a line is made of and what it reports about itself. Nothing here knows the configuration.
 
@@ -8,6 +9,7 @@ pub mod desk;
 pub mod line;
 pub mod plan;
 pub mod register;
+pub mod silence;
 
 use std::fmt;
 use std::path::PathBuf;

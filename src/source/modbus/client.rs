@@ -13,7 +13,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
-use tokio::time::{Instant, sleep_until, timeout, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 use tokio_modbus::client::{Client as _, Context, rtu, tcp};
 use tokio_modbus::prelude::SlaveContext as _;
 use tokio_modbus::{Error, ProtocolError, Request, Response, Slave};
@@ -21,6 +21,7 @@ use tokio_serial::{ClearBuffer, SerialPort as _, SerialStream};
 
 use super::plan::Read;
 use super::register::Words;
+use super::silence::Silence;
 use super::{LateReplies, Line, Parity, SerialPort, Space, Transport};
 use crate::point::Fault;
 
@@ -65,6 +66,7 @@ pub struct Client {
     proven: bool,
     /// When the last byte went over the line, as far as we know.
     last_activity: Instant,
+    silence: Silence,
 }
 
 enum Link {
@@ -84,6 +86,7 @@ impl Client {
             link: Link::Down("not opened yet".to_owned()),
             proven: false,
             last_activity: Instant::now(),
+            silence: Silence::default(),
         }
     }
 
@@ -253,7 +256,7 @@ impl Client {
     async fn wait_for_gap(&mut self) {
         let free = self.last_activity + self.gap();
         if Instant::now() < free {
-            sleep_until(free).await;
+            self.silence.until(free).await;
         }
     }
 
