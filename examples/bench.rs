@@ -13,8 +13,19 @@
 
 #[path = "bench/agent.rs"]
 mod agent;
+#[path = "bench/gateway.rs"]
+mod gateway;
+#[path = "bench/line.rs"]
+mod line;
+#[path = "bench/poll.rs"]
+mod poll;
 #[path = "bench/process.rs"]
 mod process;
+#[allow(dead_code, unreachable_pub)] // a line needs less than the tests
+#[path = "../tests/support_modbus/pty.rs"]
+mod pty;
+#[path = "bench/rtu.rs"]
+mod rtu;
 #[path = "bench/setting.rs"]
 mod setting;
 #[path = "bench/size.rs"]
@@ -38,7 +49,7 @@ use table::{Row, Table};
 type Measure = fn(&Setting) -> Result<Vec<Row>, Failure>;
 
 /// In the order of measuring, by the names of `--only`.
-const ROWS: &[(&str, Measure)] = &[("size", size::rows)];
+const ROWS: &[(&str, Measure)] = &[("size", size::rows), ("rtu", rtu::rows), ("poll", poll::rows)];
 
 /// What fieldpost reaches, beside its peers, measured here and now.
 #[derive(Debug, Parser)]

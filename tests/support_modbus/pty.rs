@@ -21,21 +21,13 @@ pub struct Pty {
 
 impl Pty {
     pub fn new() -> Self {
-        let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
-        grantpt(&master).unwrap();
-        unlockpt(&master).unwrap();
-        let path = PathBuf::from(ptsname(&master, Vec::new()).unwrap().into_string().unwrap());
-        let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
-        let slave = rustix::fs::open(&path, flags, Mode::empty()).unwrap();
-        let mut settings = tcgetattr(&slave).unwrap();
-        settings.make_raw(); // or it echoes until someone opens it
-        tcsetattr(&slave, OptionalActions::Now, &settings).unwrap();
-        rustix::io::ioctl_fionbio(&master, true).unwrap();
+        let (path, master, slave) = open().expect("the system gives a pseudo terminal");
+        rustix::io::ioctl_fionbio(&master, true).expect("a terminal need not block");
         #[expect(
             deprecated,
             reason = "its successor is unsafe, for types that change their descriptor; this is none"
         )]
-        let master = AsyncFd::new(master).unwrap();
+        let master = AsyncFd::new(master).expect("a runtime is there, and takes the descriptor");
         Pty { path, master, _slave: slave }
     }
 
@@ -57,6 +49,20 @@ impl Pty {
         }
         Ok(())
     }
+}
+
+/// A port's path, its other end, and the port itself, open and raw: unlike a serial port it would echo.
+pub fn open() -> io::Result<(PathBuf, OwnedFd, OwnedFd)> {
+    let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
+    grantpt(&master)?;
+    unlockpt(&master)?;
+    let path = ptsname(&master, Vec::new())?.into_string().map_err(io::Error::other)?;
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let slave = rustix::fs::open(&path, flags, Mode::empty())?;
+    let mut settings = tcgetattr(&slave)?;
+    settings.make_raw();
+    tcsetattr(&slave, OptionalActions::Now, &settings)?;
+    Ok((path.into(), master, slave))
 }
 
 /// Two serial ports joined by a null modem cable; dropping it makes both vanish.
