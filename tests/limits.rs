@@ -338,3 +338,73 @@ fn a_quota_that_was_lowered_under_a_million_messages_does_not_stall_a_commit() {
     let first = take_at(&mut store, 2000, 1, START)[0].record.seq.0;
     assert_eq!(first, dropped_of(&look, Lane::Normal) + 1);
 }
+
+/// Each in an append of its own, all in one commit.
+fn accept_each(store: &mut Store, messages: Vec<Message>) -> Vec<Result<(), NotAccepted>> {
+    let append = |message| Append { messages: vec![message], closes: Vec::new() };
+    let appends = messages.into_iter().map(append).collect();
+    store.commit(Batch { appends, ..Batch::default() }, START).unwrap().appends
+}
+
+#[test]
+fn what_one_commit_brings_to_a_lane_is_one_segment_and_packs_as_one() {
+    let folder = folder();
+    let telling = |n: u64| Message {
+        payload: Payload::Whole(format!("{{\"gateway\":\"g1\",\"line\":\"line1\",\"value\":{n}}}").into()),
+        ..noise(if n.is_multiple_of(10) { Lane::Alarm } else { Lane::Normal }, 0, 0)
+    };
+    let mut store = Store::open(settings(folder.path())).unwrap();
+    let outcomes = accept_each(&mut store, (0..200).map(telling).collect());
+    assert_eq!(outcomes, vec![Ok(()); 200]);
+    let together = store.look(START).unwrap().lanes;
+    assert_eq!(together.map(|lane| lane.messages), [20, 180, 0]);
+    assert_eq!(drain(&mut store, START).len(), 200);
+    for n in 0..200 {
+        accept(&mut store, vec![telling(n)]).unwrap();
+    }
+    let alone = store.look(START).unwrap().lanes;
+    println!("180 messages: {} bytes together, {} alone", together[1].bytes, alone[1].bytes);
+    assert!(together[1].bytes * 4 < alone[1].bytes);
+}
+
+#[test]
+fn an_append_that_does_not_fit_costs_its_neighbours_in_the_commit_nothing() {
+    let folder = folder();
+    let limits =
+        LaneLimits { max_messages: Some(5), when_full: Some(WhenFull::RejectNew), ..LaneLimits::default() };
+    let mut store = Store::open(with_lane(folder.path(), Lane::Normal, limits)).unwrap();
+    let mut messages: Vec<Message> = (0..8).map(|n| noise(Lane::Normal, 20, n)).collect();
+    messages.push(noise(Lane::Bulk, 20, 8));
+    messages.insert(2, Message { qos: Qos::AtMostOnce, ..noise(Lane::Normal, 20, 9) });
+    let outcomes = accept_each(&mut store, messages);
+    let accepted: Vec<usize> = (0..10).filter(|n| outcomes[*n].is_ok()).collect();
+    assert_eq!(accepted, [0, 1, 3, 4, 5, 9], "{outcomes:?}");
+    assert_eq!(outcomes[2], Err(NotAccepted::Qos0));
+    assert!(matches!(outcomes[6], Err(NotAccepted::LaneFull { lane: Lane::Normal, .. })));
+    let kept = drain(&mut store, START);
+    assert_eq!((numbers_of(&kept, Lane::Normal).len(), numbers_of(&kept, Lane::Bulk).len()), (5, 1));
+}
+
+#[test]
+fn what_comes_with_an_alarm_in_one_commit_pushes_out_no_alarm() {
+    let folder = folder();
+    let mut store = Store::open(Settings { quota: 20_000, ..settings(folder.path()) }).unwrap();
+    for n in 0..60 {
+        accept(&mut store, vec![noise(Lane::Alarm, 300, n)]).unwrap();
+    }
+    let before = store.look(START).unwrap();
+    let outcomes = accept_each(
+        &mut store,
+        vec![noise(Lane::Bulk, 4_000, 100), noise(Lane::Alarm, 300, 101), noise(Lane::Bulk, 4_000, 102)],
+    );
+    let after = store.look(START).unwrap();
+    assert!(matches!(
+        outcomes[..],
+        [Err(NotAccepted::QuotaFull { .. }), Ok(()), Err(NotAccepted::QuotaFull { .. })]
+    ));
+    assert_eq!(
+        after.lanes[0].messages + dropped_of(&after, Lane::Alarm),
+        before.lanes[0].messages + dropped_of(&before, Lane::Alarm) + 1
+    );
+    assert!(dropped_of(&after, Lane::Alarm) - dropped_of(&before, Lane::Alarm) <= 1, "{:?}", reasons(&after));
+}

@@ -20,7 +20,7 @@ use super::{
 };
 use crate::clock::{self, Stamp};
 use crate::command::{CommandStep, Recorded, Stepped};
-use crate::message::{Lane, Qos, Seq};
+use crate::message::{Lane, Message, Qos, Seq};
 use crate::turn::{Begin, Change, OnSessionLoss};
 
 /// "fpst": marks our files (`PRAGMA application_id`).
@@ -388,10 +388,7 @@ impl Database {
             let stepped = self.step(step.clone(), now)?;
             committed.steps.push(stepped);
         }
-        for append in appends {
-            let accepted = self.accept(append, now)?;
-            committed.appends.push(accepted);
-        }
+        committed.appends = self.accept_all(appends, now)?;
         if let Some(offer) = &rest.offer {
             committed.taken = self.session.take(&self.db, &mut self.outbox, offer, (&self.boot, now))?;
             self.outbox.check_ends()?;
@@ -406,17 +403,50 @@ impl Database {
         self.inbox.step(&self.db, &mut self.outbox, step, room, (&self.boot, now))
     }
 
-    fn accept(&mut self, append: Append, now: Stamp) -> Sql<Result<(), NotAccepted>> {
-        if let Some(message) = append.messages.iter().find(|m| m.payload.len_max() > PAYLOAD_MAX_BYTES) {
-            let refusal = NotAccepted::TooLarge { bytes: message.payload.len_max(), max: PAYLOAD_MAX_BYTES };
-            return Ok(Err(refusal));
+    /// Appends that can share segments do: a segment of many messages is smaller on the disk and sooner read than
+    /// many segments. For what has to make room only its own lane's neighbours count, because an alarm may push out
+    /// what others may not.
+    fn accept_all(&mut self, appends: Vec<Append>, now: Stamp) -> Sql<Vec<Result<(), NotAccepted>>> {
+        let limits = self.limits(now)?;
+        let all_fit = self.outbox.has_room(messages(&appends), &limits);
+        let mut outcomes = Vec::with_capacity(appends.len());
+        let mut run: Vec<Append> = Vec::new();
+        for append in appends {
+            let joins = |last: &Append| {
+                is_plain(last)
+                    && is_plain(&append)
+                    && (all_fit || only_lane(last).is_some_and(|lane| only_lane(&append) == Some(lane)))
+            };
+            if !run.last().is_some_and(joins) {
+                outcomes.extend(self.accept_run(std::mem::take(&mut run), now)?);
+            }
+            run.push(append);
         }
-        if append.messages.iter().any(|message| message.qos == Qos::AtMostOnce) {
-            return Ok(Err(NotAccepted::Qos0));
+        outcomes.extend(self.accept_run(run, now)?);
+        Ok(outcomes)
+    }
+
+    /// All of them together, or else each for itself.
+    fn accept_run(&mut self, run: Vec<Append>, now: Stamp) -> Sql<Vec<Result<(), NotAccepted>>> {
+        if run.len() > 1 {
+            let limits = self.limits(now)?;
+            if self.outbox.make_room(&self.db, messages(&run), &limits)?.is_ok() {
+                let accepted = vec![Ok(()); run.len()];
+                let messages = run.into_iter().flat_map(|append| append.messages).collect();
+                self.outbox.append(&self.db, messages, &self.boot, now)?;
+                return Ok(accepted);
+            }
+        }
+        run.into_iter().map(|append| self.accept(append, now)).collect()
+    }
+
+    fn accept(&mut self, append: Append, now: Stamp) -> Sql<Result<(), NotAccepted>> {
+        if let Some(refusal) = never_acceptable(&append) {
+            return Ok(Err(refusal));
         }
         if append.closes.is_empty() {
             let limits = self.limits(now)?;
-            if let Err(refusal) = self.outbox.make_room(&self.db, &append.messages, &limits)? {
+            if let Err(refusal) = self.outbox.make_room(&self.db, append.messages.iter(), &limits)? {
                 return Ok(Err(refusal));
             }
         }
@@ -683,5 +713,32 @@ fn cannot_be_ours(source: &rusqlite::Error) -> bool {
         | rusqlite::Error::IntegralValueOutOfRange(..)
         | rusqlite::Error::FromSqlConversionFailure(..) => true,
         _ => false,
+    }
+}
+
+fn messages(appends: &[Append]) -> impl Iterator<Item = &Message> + Clone {
+    appends.iter().flat_map(|append| &append.messages)
+}
+
+/// Nothing but messages that may be stored.
+fn is_plain(append: &Append) -> bool {
+    append.closes.is_empty() && never_acceptable(append).is_none()
+}
+
+/// The lane of all its messages.
+fn only_lane(append: &Append) -> Option<Lane> {
+    let lane = append.messages.first()?.lane;
+    append.messages.iter().all(|message| message.lane == lane).then_some(lane)
+}
+
+fn never_acceptable(append: &Append) -> Option<NotAccepted> {
+    let sizes = append.messages.iter().map(|message| message.payload.len_max());
+    match sizes.max() {
+        Some(bytes) if bytes > PAYLOAD_MAX_BYTES => {
+            Some(NotAccepted::TooLarge { bytes, max: PAYLOAD_MAX_BYTES })
+        }
+        _ => {
+            append.messages.iter().any(|message| message.qos == Qos::AtMostOnce).then_some(NotAccepted::Qos0)
+        }
     }
 }

@@ -30,6 +30,16 @@ pub(crate) struct Limits {
     pub(crate) when_full: WhenFull,
 }
 
+impl Limits {
+    /// Bytes of messages there may be, and what is to blame for there being no more.
+    fn room(&self) -> (u64, DropReason) {
+        match self.disk_low {
+            Some(low) if low.room < self.quota => (low.room, DropReason::MinFreeDisk),
+            _ => (self.quota, DropReason::Quota),
+        }
+    }
+}
+
 /// The disk's free space is below `min_free_disk`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct DiskLow {
@@ -91,14 +101,14 @@ impl Trim {
 impl Outbox {
     /// Makes room for messages, if their lanes' limits and the quota let it: drops the oldest that are not in
     /// flight, of their own lane for its limits, of the lowest lane first and none above theirs for the quota.
-    pub(crate) fn make_room(
+    pub(crate) fn make_room<'a>(
         &mut self,
         db: &Connection,
-        messages: &[Message],
+        messages: impl Iterator<Item = &'a Message> + Clone,
         limits: &Limits,
     ) -> Sql<Result<(), NotAccepted>> {
-        let needs = needs(messages);
-        let Some(highest) = messages.iter().map(|message| message.lane).min() else { return Ok(Ok(())) };
+        let needs = needs(messages.clone());
+        let Some(highest) = messages.map(|message| message.lane).min() else { return Ok(Ok(())) };
         let mut drops = Vec::new();
         for lane in Lane::ALL {
             match self.beyond_own_limits(db, lane, needs[lane as usize], limits.when_full)? {
@@ -106,11 +116,8 @@ impl Outbox {
                 Err(refusal) => return Ok(Err(refusal)),
             }
         }
-        let need = Outbox::cost(messages);
-        let (fits, reason) = match limits.disk_low {
-            Some(low) if low.room < limits.quota => (low.room, DropReason::MinFreeDisk),
-            _ => (limits.quota, DropReason::Quota),
-        };
+        let need = total(&needs);
+        let (fits, reason) = limits.room();
         let is_over = self.bytes() + need > fits;
         if is_over {
             let policy = self.lane(highest).limits.when_full.unwrap_or(limits.when_full);
@@ -139,9 +146,21 @@ impl Outbox {
         Ok(Ok(()))
     }
 
+    /// Whether the messages fit as things are: nothing would be dropped for them.
+    pub(crate) fn has_room<'a>(&self, messages: impl Iterator<Item = &'a Message>, limits: &Limits) -> bool {
+        let needs = needs(messages);
+        let fits = |(queue, need): (&super::LaneQueue, &Need)| {
+            let LaneLimits { max_messages, max_bytes, .. } = queue.limits;
+            need.messages == 0
+                || (max_messages.is_none_or(|max| queue.messages + need.messages <= max)
+                    && max_bytes.is_none_or(|max| queue.bytes + need.bytes <= max))
+        };
+        self.bytes() + total(&needs) <= limits.room().0 && self.lanes.iter().zip(&needs).all(fits)
+    }
+
     /// Bytes the messages take, at most.
     pub(crate) fn cost(messages: &[Message]) -> u64 {
-        needs(messages).iter().map(|need| need.bytes).sum()
+        total(&needs(messages.iter()))
     }
 
     /// What must go from a lane for its own limits' sake, or why the messages cannot be taken.
@@ -315,7 +334,7 @@ impl super::LaneQueue {
 }
 
 /// What the messages take of each lane.
-fn needs(messages: &[Message]) -> [Need; 3] {
+fn needs<'a>(messages: impl Iterator<Item = &'a Message>) -> [Need; 3] {
     let mut needs = [Need::default(); 3];
     for message in messages {
         let need = &mut needs[message.lane as usize];
@@ -328,6 +347,10 @@ fn needs(messages: &[Message]) -> [Need; 3] {
         need.bytes += SEGMENT_OVERHEAD * need.messages.div_ceil(u64::from(RECORDS_MAX));
     }
     needs
+}
+
+fn total(needs: &[Need; 3]) -> u64 {
+    needs.iter().map(|need| need.bytes).sum()
 }
 
 /// The first segment of a lane at or after a number.
