@@ -8,15 +8,26 @@
 //! under which conditions. A peer that is not installed is named with what to install. Invariant: exit status 0 if
 //! and only if every row that was asked for was measured, apart from missing peers.
 
-// What the rows to come need is here before them.
-#![allow(dead_code)]
-
 #[path = "bench/agent.rs"]
 mod agent;
+#[path = "bench/backlog.rs"]
+mod backlog;
+#[path = "bench/disk.rs"]
+mod disk;
+#[path = "bench/distance.rs"]
+mod distance;
+#[path = "bench/far.rs"]
+mod far;
+#[path = "bench/forward.rs"]
+mod forward;
 #[path = "bench/gateway.rs"]
 mod gateway;
 #[path = "bench/line.rs"]
 mod line;
+#[path = "bench/load.rs"]
+mod load;
+#[path = "bench/mosquitto.rs"]
+mod mosquitto;
 #[path = "bench/poll.rs"]
 mod poll;
 #[path = "bench/process.rs"]
@@ -28,6 +39,8 @@ mod pty;
 mod rtu;
 #[path = "bench/setting.rs"]
 mod setting;
+#[path = "bench/sink.rs"]
+mod sink;
 #[path = "bench/size.rs"]
 mod size;
 #[path = "../tests/support/mod.rs"]
@@ -49,7 +62,21 @@ use table::{Row, Table};
 type Measure = fn(&Setting) -> Result<Vec<Row>, Failure>;
 
 /// In the order of measuring, by the names of `--only`.
-const ROWS: &[(&str, Measure)] = &[("size", size::rows), ("rtu", rtu::rows), ("poll", poll::rows)];
+const ROWS: &[(&str, Measure)] = &[
+    ("forward-1", forward::at_least_once),
+    ("forward-2", forward::exactly_once),
+    ("backlog", backlog::rows),
+    ("backlog-2", backlog::exactly_once),
+    ("disk", disk::incompressible),
+    ("disk-telemetry", disk::telemetry),
+    ("far-100", |setting| far::rows(setting, &far::FAR)),
+    ("far-600", |setting| far::rows(setting, &far::FARTHER)),
+    ("far-600-wide", |setting| far::rows(setting, &far::WIDER)),
+    ("slow-32", |setting| far::rows(setting, &far::SLOWER)),
+    ("rtu", rtu::rows),
+    ("poll", poll::rows),
+    ("size", size::rows),
+];
 
 /// What fieldpost reaches, beside its peers, measured here and now.
 #[derive(Debug, Parser)]
@@ -61,6 +88,9 @@ struct Arguments {
     /// Fewer messages and repeats, to see that everything works; not to be quoted
     #[arg(long)]
     quick: bool,
+    /// Paired repeats of each row [default: 5, with --quick 1]; fewer than 5 are not to be quoted
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=100))]
+    repeats: Option<u16>,
     /// JSON with every single figure
     #[arg(long, conflicts_with = "markdown")]
     json: bool,
@@ -71,7 +101,7 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let setting = match Setting::new(arguments.quick) {
+    let mut setting = match Setting::new(arguments.quick, arguments.repeats) {
         Ok(setting) => setting,
         Err(failure) => {
             say(&format!("bench: {failure}"));
@@ -83,7 +113,7 @@ fn main() -> ExitCode {
     let asked = |name: &str| arguments.only.is_empty() || arguments.only.iter().any(|only| only == name);
     for (name, measure) in ROWS.iter().filter(|(name, _)| asked(name)) {
         say(&format!("{:5} s  {name}", began.elapsed().as_secs()));
-        match measure(&setting) {
+        match measure(&setting).and_then(|rows| setting.clear().map(|()| rows)) {
             Ok(rows) => table.rows.extend(rows),
             Err(failure) => {
                 say(&format!("         {name} was not measured: {failure}"));

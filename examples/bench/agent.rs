@@ -9,7 +9,8 @@ use fieldpost::control::wire::{Answer, Question, Status};
 
 use crate::process::Process;
 use crate::setting::{Failure, Setting};
-use crate::support::agent::Config;
+use crate::support::agent::{Config, drained};
+use crate::support::wait_until;
 
 /// How long it may take to answer after its start.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -26,10 +27,23 @@ impl Agent {
     /// Starts one in this folder, on the files that are there, and waits until it answers.
     pub(crate) fn start(setting: &Setting, folder: &Path, config: &Config) -> Result<Agent, Failure> {
         let mut agent = Agent::launch(&mut command(setting, folder, config)?, folder)?;
-        let socket = agent.socket();
-        let answers = || client::ask(&socket, &Question::Status {}).is_ok();
-        agent.process.expect(PATIENCE, "the agent answers", answers)?;
+        agent.answers()?;
         Ok(agent)
+    }
+
+    /// Waits until it answers.
+    pub(crate) fn answers(&mut self) -> Result<(), Failure> {
+        let socket = self.socket();
+        let answers = || client::ask(&socket, &Question::Status {}).is_ok();
+        self.process.expect(PATIENCE, "the agent answers", answers)
+    }
+
+    /// Waits until it has nothing queued and nothing in flight.
+    pub(crate) fn drained(&self) -> Result<(), Failure> {
+        if wait_until(PATIENCE, || self.status().is_ok_and(|status| drained(&status))) {
+            return Ok(());
+        }
+        Err(self.process.failure("its queue does not become empty"))
     }
 
     /// Starts what [`command`] made, and waits for nothing.

@@ -35,6 +35,7 @@ impl Failure {
 pub(crate) struct Setting {
     /// Smaller backlogs and fewer repeats: to see that everything works, not to be quoted.
     pub(crate) quick: bool,
+    repeats: u16,
     /// The `fieldpost` program as it is shipped.
     pub(crate) program: PathBuf,
     folder: TempDir,
@@ -42,7 +43,7 @@ pub(crate) struct Setting {
 
 impl Setting {
     /// Builds the program, and makes a folder beside it: `/tmp` may be a tmpfs, whose writes cost no disk.
-    pub(crate) fn new(quick: bool) -> Result<Setting, Failure> {
+    pub(crate) fn new(quick: bool, repeats: Option<u16>) -> Result<Setting, Failure> {
         let this = std::env::current_exe().map_err(Failure::at("the path of this program"))?;
         let below = this.parent().and_then(Path::parent);
         let below = below.ok_or_else(|| Failure::Other(format!("{} is in no folder", this.display())))?;
@@ -51,21 +52,33 @@ impl Setting {
         if !program.is_file() {
             return Err(Failure::Other(format!("{} is missing: cargo build --release", program.display())));
         }
-        let folder = tempfile::Builder::new().prefix("bench-").tempdir_in(below);
-        let folder = folder.map_err(Failure::at(format!("a folder in {}", below.display())))?;
-        Ok(Setting { quick, program, folder })
+        let folder = folder_in(below)?;
+        let repeats = repeats.unwrap_or(if quick { 1 } else { 5 });
+        Ok(Setting { quick, repeats, program, folder })
     }
 
     /// Paired repeats of a row: 5, unless only a glance is wanted.
     pub(crate) fn repeats(&self) -> usize {
-        if self.quick { 1 } else { 5 }
+        usize::from(self.repeats)
     }
 
-    /// A new folder for one agent or peer, on a real file system; gone with the setting.
+    /// A new folder for one agent or peer, on a real file system; gone after its row.
     pub(crate) fn folder(&self, name: &str) -> Result<PathBuf, Failure> {
         let folder = tempfile::Builder::new().prefix(name).tempdir_in(self.folder.path());
         Ok(folder.map_err(Failure::at(format!("a folder for {name}")))?.keep())
     }
+
+    /// Begins with an empty folder again: a million messages are some hundred megabytes.
+    pub(crate) fn clear(&mut self) -> Result<(), Failure> {
+        let below = self.program.parent().unwrap_or(Path::new("."));
+        self.folder = folder_in(below)?;
+        Ok(())
+    }
+}
+
+fn folder_in(below: &Path) -> Result<TempDir, Failure> {
+    let folder = tempfile::Builder::new().prefix("bench-").tempdir_in(below);
+    folder.map_err(Failure::at(format!("a folder in {}", below.display())))
 }
 
 /// `cargo run --example` builds no binaries. Outside cargo the one that is there is taken.

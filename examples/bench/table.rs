@@ -157,8 +157,13 @@ impl Table {
         text + &self.notes("- ")
     }
 
+    /// What holds for several rows in a row is said once.
     fn notes(&self, mark: &str) -> String {
-        let conditions = self.rows.iter().map(|row| format!("{mark}{}: {}\n", row.name, row.conditions));
+        let alike = self.rows.chunk_by(|one, next| one.conditions == next.conditions);
+        let conditions = alike.filter_map(|rows| {
+            let names: Vec<&str> = rows.iter().map(|row| row.name).collect();
+            Some(format!("{mark}{}: {}\n", names.join(", "), rows.first()?.conditions))
+        });
         let failures =
             self.failures.iter().map(|(name, why)| format!("{mark}{name} was not measured: {why}\n"));
         conditions.chain(failures).collect()
@@ -193,6 +198,7 @@ fn number(figure: f64) -> String {
         size if size >= 9.995 => 1,
         size if size >= 0.9995 => 2,
         size if size >= 0.0995 => 3,
+        0.0 => 0,
         _ => 4,
     };
     let text = format!("{figure:.digits$}");
@@ -258,7 +264,7 @@ mod tests {
             (0.1234, "0.123"),
             (0.012_34, "0.0123"),
             (-1234.0, "-1 234"),
-            (0.0, "0.0000"),
+            (0.0, "0"),
         ] {
             assert_eq!(number(figure), text);
         }
