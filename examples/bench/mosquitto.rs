@@ -34,6 +34,7 @@ pub(crate) struct Mosquitto {
     pub(crate) port: u16,
     folder: PathBuf,
     program: PathBuf,
+    config: String,
 }
 
 impl Mosquitto {
@@ -60,22 +61,16 @@ impl Mosquitto {
         let head = format!(
             "user root\nlog_type error\nlog_type warning\nlog_type notice\nlistener {port} 127.0.0.1"
         );
-        let config = folder.join("mosquitto.conf");
-        fs::write(&config, format!("{head}\nallow_anonymous true\n{lines}"))
-            .map_err(Failure::at(config.display().to_string()))?;
-        Ok(Some(Mosquitto { port, folder: folder.to_owned(), program }))
-    }
-
-    /// The program with its configuration, not started.
-    pub(crate) fn command(&self) -> Command {
-        let mut command = Command::new(&self.program);
-        command.arg("-c").arg(self.folder.join("mosquitto.conf"));
-        command
+        let config = format!("{head}\nallow_anonymous true\n{lines}");
+        Ok(Some(Mosquitto { port, folder: folder.to_owned(), program, config }))
     }
 
     /// Starts it and waits for nothing.
     pub(crate) fn launch(&self) -> Result<Process, Failure> {
-        Process::start(&mut self.command(), &self.folder.join("mosquitto.log"))
+        let file = self.folder.join("mosquitto.conf");
+        fs::write(&file, &self.config).map_err(Failure::at(file.display().to_string()))?;
+        let mut command = Command::new(&self.program);
+        Process::start(command.arg("-c").arg(file), &self.folder.join("mosquitto.log"))
     }
 
     /// Starts it and waits until it listens.

@@ -35,6 +35,16 @@ impl Count {
         self.0.fetch_add(messages, Relaxed);
     }
 
+    /// Waits for the first of so many.
+    pub(crate) fn begin(&self, messages: u64, patience: Duration) -> Result<Instant, Failure> {
+        match wait_until(patience, || self.get() > 0) {
+            true => Ok(Instant::now()),
+            false => {
+                Err(Failure::Other(format!("none of {messages} arrived within {} s", patience.as_secs())))
+            }
+        }
+    }
+
     /// Waits until so many have arrived; a failure when none comes for that long.
     pub(crate) fn reach(&self, messages: u64, patience: Duration) -> Result<(), Failure> {
         let mut last = self.get();
