@@ -14,7 +14,7 @@ mod inbox;
 mod outbox;
 mod pace;
 mod salvage;
-mod segment;
+pub mod segment;
 mod session;
 mod thread;
 

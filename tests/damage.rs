@@ -212,6 +212,34 @@ fn a_hundred_flipped_bytes_never_make_a_wrong_message() {
     assert!(all >= 5 * 1000, "{all}");
 }
 
+/// Ten records each: 26 is one flipped bit, and would cover up the two segments behind it.
+#[test]
+fn a_damaged_count_of_records_costs_nothing() {
+    let folder = filled(true);
+    let path = folder.path().join("outbox.db");
+    let whole = fs::read(&path).unwrap();
+    // A segment that is begun is looked at when the store starts, another when it is its turn.
+    let begun = "INSERT INTO progress SELECT id, x'00' FROM segment ORDER BY id LIMIT 1 OFFSET 200";
+    for (count, begun) in
+        [(26, ""), (2, ""), (0, ""), (-1, begun), (513, ""), (1i64 << 40, begun), (i64::MAX, "")]
+    {
+        fs::write(&path, &whole).unwrap();
+        let db = rusqlite::Connection::open(&path).unwrap();
+        db.execute_batch(begun).unwrap();
+        let spoil =
+            "UPDATE segment SET count = ? WHERE id = (SELECT id FROM segment ORDER BY id LIMIT 1 OFFSET 200)";
+        assert_eq!(db.execute(spoil, [count]).unwrap(), 1);
+        drop(db);
+        let mut store = Store::open(settings(folder.path())).unwrap();
+        let handed_out = match store.look(clock::now()).unwrap().damage {
+            Some(_) => drain(&mut store).len(),
+            None => hand_out(&mut store, 3000).len(),
+        };
+        let damage = store.look(clock::now()).unwrap().damage.expect("it is noticed");
+        assert_eq!((handed_out, damage.lost), (2990, 0), "{count}");
+    }
+}
+
 #[test]
 fn without_its_header_the_store_starts_empty_and_says_so() {
     let kept = survivors("header gone", |bytes| bytes[..1024].fill(0));

@@ -189,8 +189,6 @@ pub(super) fn messages(
                 .and_then(|done| done.get(index / 8))
                 .is_some_and(|byte| byte & (1 << (index % 8)) != 0)
         };
-        // A count that is damaged must not cost memory: no segment has more.
-        let count = count.min(segment::RECORDS_MAX as usize);
         let entries = segment::decode(lane, Seq(first), count, accepted_ms, packing, row.get(5)?);
         for (index, entry) in entries.into_iter().enumerate() {
             let seq = first + index as u64;

@@ -240,7 +240,7 @@ impl Outbox {
             let mut rows = statement.query(params![key(lane, 0), end_of(lane)])?;
             while let Some(row) = rows.next()? {
                 let (id, count, bytes, done): (i64, u64, u64, Vec<u8>) =
-                    (row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?);
+                    (row.get(0)?, count_of(row, 1)?, row.get(2)?, row.get(3)?);
                 queue.open.insert(seq_of(id), Open::new(count, bytes, done));
             }
             Ok(queue)
@@ -667,6 +667,14 @@ impl LaneQueue {
             .ok_or_else(|| lies(format!("segment {first} of lane {lane} is there and is not")))?;
         self.open.entry(first).or_insert_with(|| Open::new(count, body.len() as u64, Vec::new()));
         let entries = segment::decode(lane, Seq(first), count as usize, accepted.wall_ms, packing, body);
+        // What cannot be read may not be there: a count that is damaged would cover up the segments behind it.
+        if entries.contains(&None) {
+            let last = key(lane, first + count - 1);
+            let covers = "SELECT EXISTS (SELECT 1 FROM segment WHERE id > ? AND id <= ?)";
+            if db.prepare_cached(covers)?.query_row([key(lane, first), last], |row| row.get(0))? {
+                return Err(lies(format!("{count} records from {first} on cover up other segments")));
+            }
+        }
         self.cursor_over(seq).loaded = Some(Loaded { first, entries, accepted, kernel_boot });
         Ok(true)
     }
@@ -701,7 +709,7 @@ fn find(db: &Connection, lane: Lane, seq: u64) -> Sql<Option<(u64, u64)>> {
     if seq > SEQ_MAX {
         return Ok(None);
     }
-    let read = |row: &rusqlite::Row<'_>| Ok((seq_of(row.get(0)?), row.get::<_, u64>(1)?));
+    let read = |row: &rusqlite::Row<'_>| Ok((seq_of(row.get(0)?), count_of(row, 1)?));
     let holding = db
         .prepare_cached("SELECT id, count FROM segment WHERE id <= ? AND id >= ? ORDER BY id DESC LIMIT 1")?
         .query_row(params![key(lane, seq), key(lane, 0)], read)
@@ -713,6 +721,16 @@ fn find(db: &Connection, lane: Lane, seq: u64) -> Sql<Option<(u64, u64)>> {
     db.prepare_cached("SELECT id, count FROM segment WHERE id > ? AND id < ? ORDER BY id LIMIT 1")?
         .query_row(params![key(lane, seq), end_of(lane)], read)
         .optional()
+}
+
+/// A segment's count of records: one that is damaged must cost neither memory nor time.
+fn count_of(row: &rusqlite::Row<'_>, column: usize) -> Sql<u64> {
+    let count = row.get(column)?;
+    if (1..=u64::from(segment::RECORDS_MAX)).contains(&count) {
+        Ok(count)
+    } else {
+        Err(lies(format!("a segment says that it has {count} records")))
+    }
 }
 
 /// What the tables say cannot all be true: damage that SQLite has not noticed.

@@ -173,8 +173,7 @@ impl Carrier<'_> {
         let mut lanes: [Found; 3] = Default::default();
         let mut newest = (0u32, 0u32);
         let db = self.db;
-        let sql =
-            "SELECT id, count, epoch, kernel_boot, accepted_ms, accepted_mono, packing, body FROM segment
+        let sql = "SELECT id, epoch, kernel_boot, accepted_ms, accepted_mono, packing, body FROM segment
                    WHERE id BETWEEN ? AND ? ORDER BY id";
         self.walk(sql, &mut |row| carry_segment(db, row, &progress, &mut lanes, &mut newest))?;
         self.carry_meta(newest)?;
@@ -325,20 +324,23 @@ fn carry_segment(
             row.get::<_, i64>(0)?,
             row.get::<_, u32>(1)?,
             row.get::<_, u32>(2)?,
-            row.get::<_, u32>(3)?,
-            row.get::<_, i64>(4)?,
-            row.get::<_, u64>(5)?,
-            row.get::<_, i64>(6)?,
-            row.get::<_, Vec<u8>>(7)?,
+            row.get::<_, i64>(3)?,
+            row.get::<_, u64>(4)?,
+            row.get::<_, i64>(5)?,
+            row.get::<_, Vec<u8>>(6)?,
         ))
     };
-    let Ok((id, count, epoch, kernel_boot, accepted_ms, accepted_mono, packing, body)) = read() else {
+    let Ok((id, epoch, kernel_boot, accepted_ms, accepted_mono, packing, body)) = read() else {
         return Ok(());
     };
     let Some(lane) = Lane::ALL.get((id >> 56) as usize).copied() else { return Ok(()) };
-    let count = count.min(segment::RECORDS_MAX);
     let first = seq_of(id);
-    let entries = segment::decode(lane, Seq(first), count as usize, accepted_ms, packing, body.clone());
+    // The row's count may be damaged too: carried over as it is, it would cover up the segments behind it, which the
+    // store would find missing and begin a salvage again. So it ends with the last record that is good.
+    let most = segment::RECORDS_MAX as usize;
+    let mut entries = segment::decode(lane, Seq(first), most, accepted_ms, packing, body.clone());
+    entries.truncate(entries.iter().rposition(Option::is_some).map_or(0, |last| last + 1));
+    let count = entries.len() as u64;
     let done = progress.get(&id).cloned().unwrap_or_default();
     let is_done = |n: usize| done.get(n / 8).is_some_and(|byte| byte & (1 << (n % 8)) != 0);
     let good = entries.iter().enumerate().filter(|(n, entry)| entry.is_some() && !is_done(*n)).count() as u64;
@@ -346,7 +348,7 @@ fn carry_segment(
         return Ok(());
     }
     // Records without a good checksum are done: lost, and counted with the rest of what is missing.
-    let mut bits = vec![0u8; (count as usize).div_ceil(8)];
+    let mut bits = vec![0u8; entries.len().div_ceil(8)];
     for (n, entry) in entries.iter().enumerate() {
         if entry.is_none() || is_done(n) {
             bits[n / 8] |= 1 << (n % 8);
@@ -359,7 +361,7 @@ fn carry_segment(
          VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
     )?
     .execute(params![id, count, epoch, kernel_boot, accepted_ms, accepted_mono, packing, body])?;
-    if good < u64::from(count) {
+    if good < count {
         db.prepare_cached("INSERT INTO progress VALUES (?, ?)")?.execute(params![id, bits])?;
     }
     let found = &mut lanes[lane as usize];
@@ -367,7 +369,7 @@ fn carry_segment(
     found.segments += 1;
     found.left += good;
     found.bytes += bytes + super::outbox::SEGMENT_OVERHEAD;
-    found.next_seq = found.next_seq.max(first + u64::from(count));
+    found.next_seq = found.next_seq.max(first + count);
     *newest = (newest.0.max(epoch), newest.1.max(kernel_boot));
     Ok(())
 }

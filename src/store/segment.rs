@@ -20,9 +20,10 @@ const QOS_2: u8 = 1;
 const RETAIN: u8 = 2;
 const EXPIRES: u8 = 4;
 const CORRELATES: u8 = 8;
+const FLAGS: u8 = QOS_2 | RETAIN | EXPIRES | CORRELATES;
 
-/// Records of one segment at most; a bigger commit makes several.
-pub(crate) const RECORDS_MAX: u32 = 512;
+/// Records of one segment, and so its topics, at most; a bigger commit makes several.
+pub const RECORDS_MAX: u32 = 512;
 /// Bodies shorter than this are not worth packing.
 const PACK_FROM_BYTES: usize = 256;
 /// A body is unpacked only up to this size, whatever it claims to hold.
@@ -30,7 +31,7 @@ const PLAIN_MAX_BYTES: usize = 64 << 20;
 
 /// How a body is stored. The numbers are the database's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Packing {
+pub enum Packing {
     /// As laid out above.
     Plain = 0,
     /// LZ4 block with its size in front.
@@ -39,19 +40,26 @@ pub(crate) enum Packing {
 
 /// What a record says about its message.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Entry {
-    pub(crate) topic: Topic,
-    pub(crate) qos: Qos,
-    pub(crate) retain: bool,
-    pub(crate) at_ms: i64,
-    pub(crate) expires_after_s: Option<u32>,
-    pub(crate) correlation_data: Option<Bytes>,
-    pub(crate) payload: Bytes,
+pub struct Entry {
+    /// Where it is published.
+    pub topic: Topic,
+    /// QoS 1 or 2.
+    pub qos: Qos,
+    /// The retain flag.
+    pub retain: bool,
+    /// Acquisition time, Unix time in milliseconds.
+    pub at_ms: i64,
+    /// Seconds after acceptance for which it is worth sending; `None` for ever.
+    pub expires_after_s: Option<u32>,
+    /// MQTT 5 Correlation Data.
+    pub correlation_data: Option<Bytes>,
+    /// The application message.
+    pub payload: Bytes,
 }
 
 impl Entry {
     /// The record this entry is, with `expires_s` seconds left.
-    pub(crate) fn into_record(self, lane: Lane, seq: Seq, expires_s: Option<u32>) -> Record {
+    pub fn into_record(self, lane: Lane, seq: Seq, expires_s: Option<u32>) -> Record {
         Record {
             lane,
             seq,
@@ -67,7 +75,7 @@ impl Entry {
 }
 
 /// Lays out and, where it saves at least an eighth, packs the entries numbered from `first`.
-pub(crate) fn encode(lane: Lane, first: Seq, accepted_ms: i64, entries: &[Entry]) -> (Packing, Vec<u8>) {
+pub fn encode(lane: Lane, first: Seq, accepted_ms: i64, entries: &[Entry]) -> (Packing, Vec<u8>) {
     let mut topics: Vec<&Topic> = Vec::new();
     let mut records = Vec::new();
     for (entry, seq) in entries.iter().zip(first.0..) {
@@ -116,8 +124,9 @@ fn pack(body: Vec<u8>) -> (Packing, Vec<u8>) {
 }
 
 /// Reads a body back: one element per record, `None` where the record is damaged. The result has `count`
-/// elements whatever the bytes are; once the layout is lost, everything after it counts as damaged.
-pub(crate) fn decode(
+/// elements (at most [`RECORDS_MAX`]) whatever the bytes are; once the layout is lost, everything after it counts as
+/// damaged.
+pub fn decode(
     lane: Lane,
     first: Seq,
     count: usize,
@@ -125,6 +134,8 @@ pub(crate) fn decode(
     packing: i64,
     body: Vec<u8>,
 ) -> Vec<Option<Entry>> {
+    // A count that is damaged must not cost memory.
+    let count = count.min(RECORDS_MAX as usize);
     let mut entries = Vec::with_capacity(count);
     if let Some(plain) = unpack(packing, body) {
         let mut reader = Reader { body: plain.into(), at: 0 };
@@ -159,7 +170,7 @@ struct Reader {
 
 impl Reader {
     fn topics(&mut self) -> Option<Vec<Option<Topic>>> {
-        let count = self.number()?;
+        let count = self.number().filter(|count| *count <= u64::from(RECORDS_MAX))?;
         let mut topics = Vec::new();
         for _ in 0..count {
             let length = self.number()?;
@@ -196,7 +207,9 @@ impl Reader {
         let Some(Some(topic)) = usize::try_from(index).ok().and_then(|index| topics.get(index)) else {
             return Some(None);
         };
-        if sum != checksum(lane, seq, topic, &record) {
+        // A border between topic and record that has moved is not in the checksum, but it makes the first byte of the
+        // record one of the topic's, and these are no flags.
+        if flags & !FLAGS != 0 || sum != checksum(lane, seq, topic, &record) {
             return Some(None);
         }
         Some(Some(Entry {
@@ -318,6 +331,27 @@ mod tests {
                 assert!(read.is_none() || read.as_ref() == Some(written), "bit {bit}: {read:?}");
             }
         }
+    }
+
+    /// Topic and record stand side by side under the checksum: a border that moves between them must be noticed.
+    #[test]
+    fn a_byte_of_its_topic_does_not_become_part_of_a_record() {
+        let written = Entry { at_ms: 997, expires_after_s: None, ..entry("a/b", Qos::AtLeastOnce, b"four") };
+        let written = Entry { correlation_data: None, retain: false, ..written };
+        let (_, mut body) = encode(Lane::Normal, Seq(1), 1_000, std::slice::from_ref(&written));
+        body[1] ^= 1; // "a/b" is "a/" now, and 'b' the first byte of the record
+        assert_eq!(decode(Lane::Normal, Seq(1), 1, 1_000, Packing::Plain as i64, body), [None]);
+    }
+
+    #[test]
+    fn a_count_or_a_number_of_topics_that_no_segment_has_costs_no_memory() {
+        let (packing, body) = encode(Lane::Normal, Seq(1), 0, &three());
+        let read = decode(Lane::Normal, Seq(1), usize::MAX, 0, packing as i64, body);
+        assert_eq!((read.len(), read.iter().flatten().count()), (RECORDS_MAX as usize, 3));
+        // 32 million topics without a name, out of 128 KiB.
+        let mut topics = vec![0; 32 << 20];
+        topics[..4].copy_from_slice(&[0xf0, 0xff, 0xff, 0x0f]);
+        assert!(Reader { body: topics.into(), at: 0 }.topics().is_none());
     }
 
     proptest! {

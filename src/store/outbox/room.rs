@@ -6,7 +6,7 @@
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::super::{LaneLimits, NotAccepted, WhenFull};
-use super::{DropReason, Dropped, Open, Outbox, SEGMENT_OVERHEAD, Sql, end_of, key, seq_of};
+use super::{DropReason, Dropped, Open, Outbox, SEGMENT_OVERHEAD, Sql, count_of, end_of, key, seq_of};
 use crate::clock::Stamp;
 use crate::message::{Lane, Message};
 use crate::store::Boot;
@@ -361,7 +361,7 @@ fn next_segment(db: &Connection, lane: Lane, from: u64) -> Sql<Option<Segment>> 
     )?
     .query_row(params![key(lane, from), end_of(lane)], |row| {
         let accepted = Stamp { wall_ms: row.get(4)?, mono_ms: row.get(5)?, synchronised: row.get(6)? };
-        let (first, count, bytes) = (seq_of(row.get(0)?), row.get(1)?, row.get(2)?);
+        let (first, count, bytes) = (seq_of(row.get(0)?), count_of(row, 1)?, row.get(2)?);
         Ok(Segment { first, count, bytes, kernel_boot: row.get(3)?, accepted })
     })
     .optional()
