@@ -2,7 +2,12 @@
 //!
 //! Shared by the programs in `bin/`, which look for bytes that break it, and by `tests/fuzz.rs`, which runs the corpora
 //! on stable. Invariant: same bytes, same run; a broken rule is a panic.
-#![allow(dead_code)]
+#![allow(dead_code, unused_imports)]
+
+#[path = "targets/reply.rs"]
+mod reply;
+#[path = "targets/segment.rs"]
+mod segment;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Cursor;
@@ -22,6 +27,9 @@ use fieldpost::uplink::link::Link;
 use fieldpost::uplink::packet::{ConnAck, Limits, Packet, Protocol, Publish, ReasonCode};
 use fieldpost::uplink::session::{Carry, Session, Settings};
 use futures_util::FutureExt;
+
+pub(crate) use reply::{misread_reply, reply};
+pub(crate) use segment::{forged_segment, segment};
 
 /// A configuration is checked or refused with every problem in words, whatever it is.
 pub(crate) fn config(data: &[u8]) {
@@ -103,7 +111,8 @@ pub(crate) fn command(data: &[u8]) {
     }
 }
 
-/// Registers become a finite value or a fault, whatever a device sends, and only where their number fits.
+/// Registers become a finite value or a fault, whatever a device sends, and only where their number fits; any number
+/// is written as the nearest that they can hold, or not at all.
 pub(crate) fn registers(data: &[u8]) {
     let [kind, order, scale, words @ ..] = data else { return };
     const KINDS: [Kind; 6] = [Kind::Bool, Kind::U16, Kind::I16, Kind::U32, Kind::I32, Kind::F32];
@@ -125,6 +134,23 @@ pub(crate) fn registers(data: &[u8]) {
             let (read, written) = (again.as_f64(), value.as_f64());
             let near = (read - written).abs() <= 1e-6 * written.abs().max(f64::MIN_POSITIVE);
             assert!(near, "{written} was written and {read} is read");
+        }
+    }
+    let bit = words.first().is_some_and(|byte| byte & 1 != 0);
+    assert_eq!(encoding.decode_bit(bit).is_ok(), encoding.kind == Kind::Bool);
+    assert_eq!(encoding.encode(&Value::Bool(bit)).is_ok(), encoding.kind == Kind::Bool);
+    let Some(number) = words.first_chunk().map(|bytes| f64::from_be_bytes(*bytes)) else { return };
+    if let Ok(words) = encoding.encode(&Value::Float(number)) {
+        assert!(number.is_finite() && encoding.kind != Kind::Bool);
+        // The nearest that the registers can hold, or one that overflows when it is scaled.
+        if let Ok(again) = encoding.decode(&words) {
+            let scale = encoding.scale.unwrap_or(1.0).abs();
+            let step = if encoding.kind == Kind::F32 { 1e-44 } else { 0.5 };
+            let off = (again.as_f64() - number).abs();
+            assert!(
+                off <= step * scale + 1e-6 * number.abs(),
+                "{number} was asked for and {again} is written"
+            );
         }
     }
 }

@@ -52,6 +52,16 @@ fn any_registers_are_a_finite_value_or_a_fault() {
 }
 
 #[test]
+fn any_replies_of_a_server_are_a_value_they_hold_or_a_fault() {
+    run("reply", targets::reply);
+}
+
+#[test]
+fn what_is_read_of_a_segment_is_what_was_written() {
+    run("segment", targets::segment);
+}
+
+#[test]
 fn any_bytes_of_a_broker_are_packets_or_an_error() {
     run("inbound", targets::inbound);
 }
@@ -61,16 +71,31 @@ fn nothing_a_broker_says_breaks_the_order_of_delivery() {
     run("session", targets::session);
 }
 
-/// The negative control: the corpus reaches deep enough to see a broken order.
-#[test]
-fn the_corpus_notices_a_pubrel_that_leaves_before_its_commit() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus/session");
+/// How many files of a corpus the negative control of its target notices.
+fn noticed(name: &str, broken: fn(&[u8])) -> usize {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(name);
     let files = fs::read_dir(folder).unwrap().map(|entry| fs::read(entry.unwrap().path()).unwrap());
     let (mut caught, mut all) = (0, 0);
     for bytes in files {
         all += 1;
-        caught += u32::from(std::panic::catch_unwind(|| targets::broken_session(&bytes)).is_err());
+        caught += usize::from(std::panic::catch_unwind(|| broken(&bytes)).is_err());
     }
-    println!("{caught} of {all} files notice it");
-    assert!(caught > 0);
+    println!("{name}: {caught} of {all} files notice it");
+    caught
+}
+
+/// Negative controls: the corpora reach deep enough to see what is broken.
+#[test]
+fn the_corpus_notices_a_pubrel_that_leaves_before_its_commit() {
+    assert!(noticed("session", targets::broken_session) > 0);
+}
+
+#[test]
+fn the_corpus_notices_damage_under_a_good_checksum() {
+    assert!(noticed("segment", targets::forged_segment) > 0);
+}
+
+#[test]
+fn the_corpus_notices_a_value_that_no_reply_held() {
+    assert!(noticed("reply", targets::misread_reply) > 0);
 }
