@@ -20,6 +20,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::io::AsyncWriteExt;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::oneshot::error::TryRecvError;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
@@ -45,6 +46,8 @@ const ANSWER_DEADLINE: Duration = Duration::from_secs(90);
 
 /// How long the other end may take to read an answer.
 const WRITE_DEADLINE: Duration = Duration::from_secs(10);
+/// Answers that are written together, about.
+const ANSWERS_BYTES: usize = 16 << 10;
 
 /// A request for the agent.
 #[derive(Debug)]
@@ -250,23 +253,55 @@ fn refused(reason: String) -> Pending {
 
 /// Writes answers in the order of their requests, until there are no more or nobody reads them.
 async fn answer(mut write: OwnedWriteHalf, mut answers: mpsc::Receiver<Pending>) {
-    while let Some(pending) = answers.recv().await {
+    let mut lines = Vec::new();
+    let mut next = answers.recv().await;
+    while let Some(pending) = next {
         let answer = match pending {
             Pending::Now(answer) => answer,
-            Pending::Later(answer, _permit) => agents_answer(answer).await,
+            Pending::Later(mut answer, _permit) => match answer.try_recv() {
+                Ok(answer) => answer,
+                Err(TryRecvError::Closed) => stopping(),
+                Err(TryRecvError::Empty) => {
+                    // What is ready does not wait for what is not.
+                    if !put(&mut write, &mut lines).await {
+                        return;
+                    }
+                    agents_answer(answer).await
+                }
+            },
         };
-        match timeout(WRITE_DEADLINE, write.write_all(&to_line(&answer))).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => return debug!(%error, "a control connection was lost"),
-            Err(_) => return debug!("a control connection does not read its answers"),
+        lines.extend(to_line(&answer));
+        // A commit answers many at once; they go in one write.
+        next = if lines.len() < ANSWERS_BYTES { answers.try_recv().ok() } else { None };
+        if next.is_none() {
+            if !put(&mut write, &mut lines).await {
+                return;
+            }
+            next = answers.recv().await;
         }
     }
+}
+
+/// Writes the lines and forgets them; `false`: nobody reads them.
+async fn put(write: &mut OwnedWriteHalf, lines: &mut Vec<u8>) -> bool {
+    let written = timeout(WRITE_DEADLINE, write.write_all(lines)).await;
+    lines.clear();
+    match &written {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => debug!(%error, "a control connection was lost"),
+        Err(_) => debug!("a control connection does not read its answers"),
+    }
+    matches!(written, Ok(Ok(())))
+}
+
+fn stopping() -> Answer {
+    Answer::Refused { reason: "the agent is stopping".to_owned() }
 }
 
 async fn agents_answer(answer: oneshot::Receiver<Answer>) -> Answer {
     match timeout(ANSWER_DEADLINE, answer).await {
         Ok(Ok(answer)) => answer,
-        Ok(Err(_)) => Answer::Refused { reason: "the agent is stopping".to_owned() },
+        Ok(Err(_)) => stopping(),
         Err(_) => Answer::Refused {
             reason: format!("no answer within {} s; it may still be accepted", ANSWER_DEADLINE.as_secs()),
         },

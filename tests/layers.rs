@@ -322,6 +322,7 @@ const IMPURE: &[&str] = &[
     "UnixStream",
     "Instant::now",
     "clock::now",
+    "clock::mono_ms",
 ];
 
 /// Breaches that are known and wait for their repair: file and what is said of it. One that is gone must go

@@ -177,7 +177,7 @@ impl LinkStatus {
             broker: String::new(),
             protocol: "",
             state: LinkState::Connecting,
-            since_mono_ms: clock::now().mono_ms,
+            since_mono_ms: clock::mono_ms(),
             last_error: None,
             downgrades: Vec::new(),
             in_flight: 0,
@@ -360,14 +360,14 @@ impl Uplink {
             }
             let cause = self.explain(&end, began);
             if !matches!(end, End::Store(_)) {
-                self.choice.failed(clock::now().mono_ms);
+                self.choice.failed(clock::mono_ms());
             }
             if let End::CopyOfThePast { boot, epoch } = end {
                 self.disown(boot, epoch).await;
                 carry = Carry::default();
             }
             self.wait(cause).await;
-            if self.choice.move_on(clock::now().mono_ms) {
+            if self.choice.move_on(clock::mono_ms()) {
                 let failed = self.settings.url();
                 carry = self.change_broker();
                 self.stats.failovers.increment();
@@ -441,7 +441,7 @@ impl Uplink {
 
     /// Waits before the next attempt; what cannot be sent meanwhile is counted.
     async fn wait(&mut self, cause: Cause) {
-        let now_ms = clock::now().mono_ms;
+        let now_ms = clock::mono_ms();
         let mut delay = self.backoffs[self.choice.current()].wait(cause, now_ms, fastrand::f64());
         if let Some(at_ms) = self.choice.moves_at_ms() {
             delay = delay.min(Duration::from_millis(at_ms.saturating_sub(now_ms)));
@@ -467,7 +467,7 @@ impl Uplink {
     fn set_state(&self, state: LinkState) {
         self.status.send_modify(|status| {
             if (status.state == LinkState::Connected) != (state == LinkState::Connected) {
-                status.since_mono_ms = clock::now().mono_ms;
+                status.since_mono_ms = clock::mono_ms();
             }
             status.state = state;
         });
@@ -487,7 +487,7 @@ impl Uplink {
         self.presence.set_boot(u64::from(begun.boot));
         let (epoch, queued) = (begun.epoch, begun.queued);
         let nonce = fastrand::u64(..);
-        let now_ms = clock::now().mono_ms;
+        let now_ms = clock::mono_ms();
         let settings =
             session::Settings { presence: self.presence.topic().clone(), ..self.settings.session.clone() };
         let mut session = Session::new(settings, self.connections, nonce, begun, carry, now_ms);
@@ -526,7 +526,7 @@ impl Uplink {
         }
         let mut link = self.open(false).await?;
         let connack = self.first_packet(&mut link).await?;
-        session.on_packet(connack, clock::now().mono_ms)?;
+        session.on_packet(connack, clock::mono_ms())?;
         self.on_connected(session, &mut link);
         loop {
             self.act(session, &mut link, epoch, queued).await?;
@@ -555,7 +555,7 @@ impl Uplink {
         if !self.probe.is_empty() || self.status.borrow().state != LinkState::Connected {
             return;
         }
-        let better = self.choice.to_ask(clock::now().mono_ms);
+        let better = self.choice.to_ask(clock::mono_ms());
         if better.is_empty() {
             return;
         }
@@ -651,7 +651,7 @@ impl Uplink {
 
     fn on_connected(&mut self, session: &Session, link: &mut Link<Stream>) {
         self.stats.connects.increment();
-        self.backoffs[self.choice.current()].connected(clock::now().mono_ms);
+        self.backoffs[self.choice.current()].connected(clock::mono_ms());
         self.presence.on_connected();
         let limits = *session.limits();
         if let Some(bytes) = limits.max_packet_bytes {
@@ -728,7 +728,7 @@ impl Uplink {
         }
         while let Some(packet) = session.next_packet() {
             link.queue(&packet)?;
-            session.on_written(clock::now().mono_ms);
+            session.on_written(clock::mono_ms());
         }
         Ok(())
     }
@@ -772,7 +772,7 @@ impl Uplink {
         session: &mut Session,
         link: &mut Link<Stream>,
     ) -> Result<(), End> {
-        let now_ms = clock::now().mono_ms;
+        let now_ms = clock::mono_ms();
         match wake {
             Wake::Packet(packet) => {
                 session.on_packet(packet?, now_ms)?;
@@ -802,7 +802,7 @@ impl Uplink {
         match event {
             Event::SessionSettled { present } => {
                 let online = self.presence.online(epoch, queued, clock::now());
-                announce(session, online, clock::now().mono_ms);
+                announce(session, online, clock::mono_ms());
                 self.status.send_modify(|status| status.session_present = Some(present));
                 info!(session_present = present, "connected to the broker");
             }
@@ -813,7 +813,7 @@ impl Uplink {
                 }
                 self.status.send_modify(|status| status.last_error = None);
                 self.set_state(LinkState::Connected);
-                self.choice.connected(clock::now().mono_ms);
+                self.choice.connected(clock::mono_ms());
             }
             Event::Downgraded { filter, asked, granted } => {
                 let granted = granted.map_or("nothing".to_owned(), |qos| qos.to_string());
@@ -839,7 +839,7 @@ impl Uplink {
             Heard::Nothing => Ok(()),
             Heard::AnnounceAgain => {
                 let online = self.presence.online(epoch, queued, clock::now());
-                announce(session, online, clock::now().mono_ms);
+                announce(session, online, clock::mono_ms());
                 Ok(())
             }
             Heard::CopyOfThePast { boot, epoch } => Err(End::CopyOfThePast { boot, epoch }),
@@ -886,7 +886,7 @@ impl Uplink {
         }
         let patience = if *self.stop.borrow() == Stop::Now { HASTY_GOODBYE } else { GOODBYE };
         let stopped = self.presence.stopped(clock::now());
-        announce(session, stopped, clock::now().mono_ms);
+        announce(session, stopped, clock::mono_ms());
         self.settle_until(Instant::now() + patience, session, link, turned, epoch).await?;
         session.disconnect();
         self.act(session, link, epoch, 0).await?;

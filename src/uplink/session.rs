@@ -674,7 +674,7 @@ impl Session {
                 true
             }
         };
-        while settled && self.own_room() > 0 {
+        while settled && !self.own_waiting.is_empty() && self.own_room() > 0 {
             let Some(message) = self.own_waiting.pop_front() else { break };
             self.publish_own(message, now_ms);
         }
