@@ -25,7 +25,7 @@ use fieldpost::source::modbus::register::{Encoding, Kind, Order};
 use fieldpost::turn::{Begin, Change, Offer, OnSessionLoss, Resume, RowState, Taken};
 use fieldpost::uplink::link::Link;
 use fieldpost::uplink::packet::{ConnAck, Limits, Packet, Protocol, Publish, ReasonCode};
-use fieldpost::uplink::session::{Carry, Session, Settings};
+use fieldpost::uplink::session::{Broken, Carry, Session, Settings};
 use futures_util::FutureExt;
 
 pub(crate) use reply::{misread_reply, reply};
@@ -174,7 +174,7 @@ fn settings(protocol: Protocol) -> Settings {
         canary: topic("box/canary"),
         presence: topic("box/state"),
         commands: vec![("cmd/#".to_owned(), Qos::ExactlyOnce)],
-        break_pubrel_order: false,
+        broken: None,
     }
 }
 
@@ -384,18 +384,18 @@ impl Oracle {
 /// Whatever a broker says in whatever order, and whenever commits return: nothing is sent twice on a connection, no
 /// PUBREL leaves before its PUBREC is committed, no identifier is used for two messages.
 pub(crate) fn session(data: &[u8]) {
-    run_session(data, false);
+    run_session(data, None);
 }
 
 /// The negative control: the same with a session that breaks the order.
 pub(crate) fn broken_session(data: &[u8]) {
-    run_session(data, true);
+    run_session(data, Some(Broken::PubrelAfterCommit));
 }
 
-fn run_session(data: &[u8], break_pubrel_order: bool) {
+fn run_session(data: &[u8], broken: Option<Broken>) {
     let [version, beginning, greeting, steps @ ..] = data else { return };
     let protocol = if version & 1 == 0 { Protocol::V5 } else { Protocol::V311 };
-    let settings = Settings { break_pubrel_order, ..settings(protocol) };
+    let settings = Settings { broken, ..settings(protocol) };
     let mut session = Session::new(settings, 1, 1, begin(*beginning), Carry::default(), 0);
     if session.on_packet(Packet::ConnAck(connack(*greeting)), 0).is_err() {
         return;

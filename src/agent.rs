@@ -402,7 +402,7 @@ fn uplink_settings(
             true => Vec::new(),
             false => vec![(config.commands.topic.to_string(), Qos::ExactlyOnce)],
         },
-        break_pubrel_order: faults.break_pubrel_order,
+        broken: faults.break_pubrel_order.then_some(session::Broken::PubrelAfterCommit),
     };
     Ok(connection::Settings {
         host: broker.host.clone(),

@@ -62,8 +62,19 @@ pub struct Settings {
     pub presence: Topic,
     /// Filters whose messages are recorded before they are acknowledged, with the QoS asked for.
     pub commands: Vec<(String, Qos)>,
-    /// Negative control of tests: PUBREL leaves before the PUBREC is committed.
-    pub break_pubrel_order: bool,
+    /// Negative control of tests; production leaves it at `None`.
+    pub broken: Option<Broken>,
+}
+
+/// A rule of delivery that tests break, to see that it is missed; only those that nobody can break from outside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Broken {
+    /// PUBREL leaves before the PUBREC is committed.
+    PubrelAfterCommit,
+    /// The window counts a QoS 2 message until its PUBREC only.
+    WindowUntilPubcomp,
+    /// New messages are taken and sent before what is held back.
+    HeldBackFirst,
 }
 
 /// Why a connection must end.
@@ -281,7 +292,8 @@ struct Flight {
 #[derive(Debug)]
 enum Todo {
     Flight(PacketId),
-    Older(Record),
+    /// An older QoS 1 message, and the place in the order of sending that it shares with the row after it.
+    Older(Record, u64),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -455,19 +467,16 @@ impl Session {
         may_have_left: Option<&HashSet<PacketId>>,
     ) {
         let mut unacked = unacked.into_iter().peekable();
+        let mut older = Vec::new();
         for item in resume {
             match item {
-                Resume::Older(record) => {
-                    // What an earlier connection found in this way was older still.
-                    while let Some(flight) = unacked.next_if(|flight| flight.send_no == 0) {
-                        self.plan(flight);
-                    }
-                    self.todo.push_back(Todo::Older(record));
-                }
+                Resume::Older(record) => older.push(record),
                 Resume::Row { id, state, send_no, record, lane, seq } => {
-                    while let Some(flight) = unacked.next_if(|flight| flight.send_no < send_no) {
+                    // With the same place: what an earlier connection found before this row, older still.
+                    while let Some(flight) = unacked.next_if(|flight| flight.send_no <= send_no) {
                         self.plan(flight);
                     }
+                    self.todo.extend(older.drain(..).map(|record| Todo::Older(record, send_no)));
                     let left = match may_have_left.map(|ids| ids.contains(&id)) {
                         Some(false) => Left::No,
                         Some(true) => Left::Yes,
@@ -497,6 +506,7 @@ impl Session {
         for flight in unacked {
             self.plan(flight);
         }
+        self.todo.extend(older.into_iter().map(|record| Todo::Older(record, u64::MAX)));
     }
 
     fn plan(&mut self, flight: Flight) {
@@ -863,11 +873,15 @@ impl Session {
                 self.last_progress_ms = now_ms;
                 self.accepted(lane, seq, reason);
                 self.pending.push(Change::Received(id));
-                if self.settings.break_pubrel_order {
-                    self.release(id);
-                } else {
-                    self.gated.push(Packet::PubRel(id, ReasonCode::SUCCESS));
+                match self.settings.broken {
+                    Some(Broken::PubrelAfterCommit) => return self.release(id),
+                    Some(Broken::WindowUntilPubcomp) => {
+                        self.in_flight = self.in_flight.saturating_sub(1);
+                        self.qos2_in_flight = self.qos2_in_flight.saturating_sub(1);
+                    }
+                    _ => {}
                 }
+                self.gated.push(Packet::PubRel(id, ReasonCode::SUCCESS));
             }
             Stage::Abandoned | Stage::Moved if reason.is_error() => {
                 self.land(id, now_ms);
@@ -984,7 +998,7 @@ impl Session {
         while let Some(todo) = self.todo.pop_front() {
             let id = match todo {
                 Todo::Flight(id) => Some(id),
-                Todo::Older(record) => self.older(record),
+                Todo::Older(record, send_no) => self.older(record, send_no),
             };
             if let Some(id) = id.and_then(|id| self.resume(id, now_ms)) {
                 self.todo.push_front(Todo::Flight(id));
@@ -1039,9 +1053,9 @@ impl Session {
         }
     }
 
-    fn older(&mut self, record: Record) -> Option<PacketId> {
+    fn older(&mut self, record: Record, send_no: u64) -> Option<PacketId> {
         let id = self.free_ids(1).first().copied()?;
-        self.begin_flight(Taken { id, send_no: 0, qos: record.qos.min(self.max_qos()), record })
+        self.begin_flight(Taken { id, send_no, qos: record.qos.min(self.max_qos()), record })
     }
 
     /// A message that this process has not sent before; `None`: at QoS 0 it has left already.
@@ -1376,7 +1390,9 @@ impl Session {
     }
 
     fn offer(&mut self) -> Option<Offer> {
-        if self.offered || self.draining || self.phase != Phase::Running || !self.todo.is_empty() {
+        let held_back_first = self.settings.broken != Some(Broken::HeldBackFirst);
+        let holds_back = held_back_first && !self.todo.is_empty();
+        if self.offered || self.draining || self.phase != Phase::Running || holds_back {
             return None;
         }
         let (room, qos2_room) = (self.room(), self.qos2_room());
@@ -1457,7 +1473,10 @@ impl Session {
                 continue;
             }
             let waits = self.begin_flight(taken).map(Todo::Flight);
-            self.todo.extend(waits);
+            match self.settings.broken {
+                Some(Broken::HeldBackFirst) => waits.into_iter().for_each(|todo| self.todo.push_front(todo)),
+                _ => self.todo.extend(waits),
+            }
         }
         self.pump(now_ms);
     }
@@ -1568,7 +1587,7 @@ impl Session {
             .filter(|flight| flight.stage == Stage::AwaitPuback)
             .map(|flight| Flight { sent: false, ..flight })
             .collect();
-        unacked.sort_by_key(|flight| flight.send_no);
+        unacked.sort_by_key(|flight| (flight.send_no, flight.seq));
         Carry { unacked, may_have_left, refused: self.refused }
     }
 

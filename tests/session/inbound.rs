@@ -169,7 +169,7 @@ fn every_command_is_recorded_once_through_cuts_crashes_and_repeats() {
         world.finish().unwrap();
         let mut recorded = world.recorded.clone();
         recorded.sort();
-        let mut commanded: Vec<_> = world.commanded.iter().map(|(payload, _)| payload.clone()).collect();
+        let mut commanded: Vec<_> = world.commanded.iter().map(|command| command.payload.clone()).collect();
         commanded.sort();
         assert_eq!((commanded.len(), recorded), (40, commanded));
     }

@@ -86,7 +86,7 @@ fn receive_one(world: &mut World) {
     world.commit_all();
     world.round();
     world.round();
-    let received = world.rows.values().filter(|row| row.1).count();
+    let received = world.rows.values().filter(|row| row.received).count();
     assert_eq!((received, world.texts().len()), (1, 0));
 }
 

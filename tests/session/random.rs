@@ -1,303 +1,182 @@
-//! Seeded random runs of the pair in a box, and what must hold at their end.
+//! Seeded runs of the pair in a box: drawn, run, judged, and shrunk to the steps that matter when one fails.
+//!
+//! `FIELDPOST_SEEDS=10000` takes so many seeds instead of the usual ones, `FIELDPOST_SEED=17` that one alone, and
+//! `FIELDPOST_TRACE=1` tells its steps although it does not fail.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
-use bytes::Bytes;
 use fastrand::Rng;
-use fieldpost::message::{Lane, Message, Payload, Qos, Topic};
-use fieldpost::store::ReplayOrder;
 use fieldpost::uplink::packet::Protocol;
-use fieldpost::uplink::session::Counted;
 
-use crate::support::broker::{self, Kind, Refusal, Times};
-use crate::world::{NextCommit, PRESENCE, Plan, World, few};
+use crate::judge::Judge;
+use crate::shrink;
+use crate::step::{self, Faults, Step};
+use crate::support::broker;
+use crate::world::{Plan, World};
 
-/// Which faults a run may meet, each as its weight against 1000 ordinary steps.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Faults {
-    /// The link breaks.
-    pub cuts: u32,
-    /// The link breaks after the broker handled CONNECT and before we know.
-    pub connacks_lost: u32,
-    /// The program dies.
-    pub crashes: u32,
-    /// A transaction fails at its end.
-    pub failed_commits: u32,
-    /// The broker restarts and keeps everything.
-    pub restarts: u32,
-    /// The broker loses everything.
-    pub session_losses: u32,
-    /// The broker says "session present" whatever the truth is.
-    pub lies: u32,
-    /// The broker forgets the QoS 2 identifiers it holds.
-    pub forgotten_ids: u32,
-    /// The broker announces another Receive Maximum from the next connection on.
-    pub receive_maxima: u32,
-    /// The broker refuses the next messages, for now or for ever.
-    pub refusals: u32,
-    /// The broker stops sending packets of one kind for a while.
-    pub silences: u32,
-    /// Our own presence is published again.
-    pub presence: u32,
-    /// The broker sends a command.
-    pub commands: u32,
-    /// A message that expires soon.
-    pub expiring: u32,
-}
+/// How long a finished world is watched, in seconds, twice: dead links must be noticed, then nothing may happen.
+const QUIET_S: usize = 200;
 
-impl Faults {
-    fn weights(&self) -> [u32; 14] {
-        [
-            self.cuts,
-            self.connacks_lost,
-            self.crashes,
-            self.failed_commits,
-            self.restarts,
-            self.session_losses,
-            self.lies,
-            self.forgotten_ids,
-            self.receive_maxima,
-            self.refusals,
-            self.silences,
-            self.presence,
-            self.commands,
-            self.expiring,
-        ]
-    }
-}
-
+/// What a run is drawn from.
 pub struct Run {
     pub plan: Plan,
     pub faults: Faults,
     pub steps: usize,
 }
 
-/// One run; what went wrong, if anything.
-pub fn run(run: &Run, seed: u64, trace: bool) -> (World, Result<(), String>) {
-    let mut rng = Rng::with_seed(seed);
-    let mut world = World::new(run.plan.clone());
-    world.keep_trace = trace;
-    for _ in 0..run.steps {
-        step(&mut world, &mut rng, &run.faults);
+/// A run, drawn.
+#[derive(Debug, Clone)]
+pub struct Scenario {
+    pub plan: Plan,
+    pub steps: Vec<Step>,
+    /// The order table is judged by itself too.
+    pub by_the_table: bool,
+}
+
+impl Run {
+    pub fn draw(self, seed: u64) -> Scenario {
+        let steps = step::draw(&mut Rng::with_seed(seed), &self.faults, self.steps);
+        Scenario { plan: self.plan, steps, by_the_table: true }
+    }
+}
+
+/// What a run came to.
+pub struct Outcome {
+    pub world: World,
+    pub result: Result<(), String>,
+    /// One line for each step, if it was asked for.
+    pub trace: Vec<String>,
+}
+
+/// Runs it to its end, or to its first violation.
+pub fn run(scenario: &Scenario, traced: bool) -> Outcome {
+    let mut world = World::new(scenario.plan.clone());
+    world.keep_trace = traced;
+    let mut judge = Judge::new(scenario.by_the_table);
+    let mut trace = Vec::new();
+    let mut result = Ok(());
+    for (index, step) in scenario.steps.iter().enumerate() {
+        // A panic is told, with the steps that led there.
+        let acted = catch_unwind(AssertUnwindSafe(|| step.act(&mut world)));
+        result = match acted {
+            Ok(()) => judge.look(&mut world),
+            Err(_) => Err("PANIC".to_owned()),
+        };
+        if traced {
+            trace.push(line(&index.to_string(), &step.to_string(), &mut world));
+        }
+        if result.is_err() {
+            return Outcome { world, result, trace };
+        }
     }
     calm(&mut world);
-    let result = world.finish().and_then(|()| judge(&mut world));
-    (world, result)
+    if result.is_ok() {
+        let ended = catch_unwind(AssertUnwindSafe(|| {
+            let finished = world.finish();
+            judge.look(&mut world)?;
+            finished.and_then(|()| quiet(&mut world)).and_then(|()| judge.end(&mut world))
+        }));
+        result = ended.unwrap_or_else(|_| Err("PANIC".to_owned()));
+    }
+    if traced {
+        trace.push(line("end", "no more faults, until all is done", &mut world));
+    }
+    Outcome { world, result, trace }
 }
 
-/// No new faults any more.
+fn line(number: &str, step: &str, world: &mut World) -> String {
+    let mut wire = std::mem::take(&mut world.wire);
+    let more = wire.len().saturating_sub(30);
+    wire.truncate(30);
+    let more = if more > 0 { format!("; and {more} more") } else { String::new() };
+    format!("{number:>4} {:>8} {step:<28} {}{more}", world.now.mono_ms, wire.join("; "))
+}
+
+/// No new faults any more. What goes on is the broker's nature, and what the connection has to find out by itself.
 fn calm(world: &mut World) {
-    if !world.broker.script.withhold.is_empty() {
-        // An honest broker does not leave out one acknowledgement and send the next.
-        world.cut(0);
-    }
-    let deny = std::mem::take(&mut world.broker.script.deny_read);
-    world.broker.script = broker::Script { deny_read: deny, ..broker::Script::default() };
+    let script = std::mem::take(&mut world.broker.script);
+    world.broker.script = broker::Script {
+        deny_subscribe: script.deny_subscribe,
+        deny_publish: script.deny_publish,
+        deny_read: script.deny_read,
+        held_limit: script.held_limit,
+        withhold: script.withhold,
+        ..broker::Script::default()
+    };
 }
 
-fn step(world: &mut World, rng: &mut Rng, faults: &Faults) {
-    let weights = faults.weights();
-    let mut dice = rng.u32(0..1000 + weights.iter().sum::<u32>());
-    if dice < 1000 {
-        return ordinary(world, rng, dice);
-    }
-    dice -= 1000;
-    for (index, weight) in weights.into_iter().enumerate() {
-        if dice < weight {
-            return fault(world, rng, index);
+/// A link that is dead is noticed, and one that is not is kept.
+fn quiet(world: &mut World) -> Result<(), String> {
+    world.deaden();
+    for round in 0..2 * QUIET_S {
+        let ends = world.ends.len();
+        world.round();
+        world.pass(1000);
+        if round == QUIET_S && world.is_deceived() {
+            return Err("UNNOTICED: nothing comes from the broker any more".into());
         }
-        dice -= weight;
-    }
-}
-
-fn ordinary(world: &mut World, rng: &mut Rng, dice: u32) {
-    match dice {
-        0..150 => {
-            for _ in 0..few(rng, 6) {
-                produce(world, rng);
-            }
-        }
-        150..400 => world.broker_gets(few(rng, 400)),
-        400..650 => world.agent_gets(few(rng, 200)),
-        650..800 => world.commit(NextCommit::Works),
-        800..930 => world.answer(),
-        930..960 => world.pass(rng.u64(1..400)),
-        _ if !world.is_online() => world.connect(),
-        _ => {
-            world.broker_gets(usize::MAX);
-            world.agent_gets(usize::MAX);
-        }
-    }
-}
-
-fn fault(world: &mut World, rng: &mut Rng, index: usize) {
-    let still = if rng.bool() { 0 } else { few(rng, 300) };
-    let number = world.next_number;
-    match index {
-        0 => world.cut(still),
-        1 => {
-            world.connect();
-            world.cut(usize::MAX);
-        }
-        2 => world.crash(still),
-        3 => world.commit(NextCommit::Fails),
-        4 => world.restart_broker(),
-        5 => world.lose_session(),
-        6 => {
-            let lie = broker::ConnectScript { session_present: Some(true), ..Default::default() };
-            world.broker.script.next_connects.push_back(lie);
-        }
-        7 => world.forget_identifiers(),
-        8 => {
-            // A broker may not change it under a living connection.
-            world.cut(still);
-            world.broker.limits.receive_maximum = (rng.u8(0..4) > 0).then(|| few(rng, 12) as u16);
-        }
-        9 => {
-            let reason = [0x80, 0x83, 0x93, 0x97, 0x87, 0x90, 0x95, 0x99][rng.usize(0..8)];
-            let filter = format!("t/{}/+/{}", Lane::ALL[rng.usize(0..3)], rng.u8(0..2));
-            let times = Times::Only(few(rng, 4) as u32);
-            world.broker.script.refuse.push(Refusal { filter, reason, times });
-        }
-        10 => {
-            let kinds = [Kind::Puback, Kind::Pubrec, Kind::Pubcomp, Kind::Suback, Kind::Connack];
-            if !world.broker.script.withhold.insert(kinds[rng.usize(0..kinds.len())]) {
-                world.broker.script.withhold.clear();
-                // What was withheld never comes, so only another connection helps.
-                world.cut(still);
-            }
-        }
-        11 => {
-            let now_ms = world.now.mono_ms;
-            if let Some(session) = world.session() {
-                let topic = Topic::new(PRESENCE).unwrap();
-                session.publish_presence(topic, format!("again {number}").into(), true, now_ms);
-            }
-            world.act();
-        }
-        12 => world.command(rng.u8(0..3)),
-        _ => {
-            let topic = Topic::new("t/normal/2/expiring").unwrap();
-            world.next_number += 1;
-            let message = Message {
-                topic,
-                qos: Qos::ExactlyOnce,
-                retain: false,
-                lane: Lane::Normal,
-                at: world.now,
-                expires_after: Some(Duration::from_secs(1)),
-                correlation_data: None,
-                payload: Payload::Whole(world.next_number.to_string().into()),
-            };
-            world.append(vec![message]);
-        }
-    }
-}
-
-fn produce(world: &mut World, rng: &mut Rng) {
-    let lane = Lane::ALL[rng.usize(0..3)];
-    let qos = if rng.u8(0..5) < 2 { Qos::AtLeastOnce } else { Qos::ExactlyOnce };
-    let topic = format!("t/{lane}/{}/{}", qos.number(), rng.u8(0..2));
-    world.produce(lane, qos, &topic, rng.usize(0..40));
-}
-
-/// Nothing lost, nothing doubled, in order, no rule broken, but for what is counted.
-pub fn judge(world: &mut World) -> Result<(), String> {
-    let mut violations = world.broker.violations();
-    if !world.broker.log.refused.is_empty() {
-        // The broker does not remember that it saw the refused one first.
-        violations.retain(|text| !text.contains("MQTT-4.6.0-1"));
-    }
-    if !violations.is_empty() {
-        return Err(format!("VIOLATION: {violations:?}"));
-    }
-    let mut times: BTreeMap<Bytes, u32> = BTreeMap::new();
-    for (_, payload) in world.handed_on() {
-        *times.entry(payload.clone()).or_default() += 1;
-    }
-    let mut lost = Vec::new();
-    let mut qos_of = BTreeMap::new();
-    let swallowed: BTreeSet<&Bytes> =
-        world.broker.log.refused.iter().filter(|r| r.reason == 0).map(|refused| &refused.payload).collect();
-    for accepted in &world.accepted {
-        qos_of.insert(accepted.payload.clone(), accepted.qos);
-        if swallowed.contains(&accepted.payload) || world.may_be_lost.contains(&accepted.payload) {
-            continue;
-        }
-        if !times.contains_key(&accepted.payload) {
-            lost.push(format!("{:?} on {}", accepted.payload, accepted.topic));
-        }
-    }
-    let now = world.now;
-    let look = world.store().look(now).unwrap();
-    let dropped: u64 = look.dropped.iter().map(|(_, _, count)| count).sum();
-    // A repeated PUBREL that finds nothing looks the same, so this excuses nothing where nothing was forgotten.
-    let ambiguous = if world.forgotten { world.count(Counted::Ambiguous) } else { 0 };
-    // What a quota takes after a crash may have arrived before it.
-    let exact = world.plan.quota > 1 << 20 && ambiguous == 0 && world.may_double.is_empty();
-    if exact && (lost.len() as u64) < dropped {
-        return Err(format!("MISCOUNTED: {dropped} dropped, lost are {lost:?}"));
-    }
-    if lost.len() as u64 > dropped + ambiguous {
-        return Err(format!("LOST: {lost:?}, counted {dropped} dropped and {ambiguous} ambiguous"));
-    }
-    for (payload, times) in &times {
-        let Some(qos) = qos_of.get(payload) else {
-            return Err(format!("STRANGE: {payload:?} was never accepted"));
-        };
-        if *qos == Qos::ExactlyOnce && *times > 1 && !world.may_double.contains(payload) {
-            return Err(format!("DUPLICATE: {payload:?} {times} times"));
-        }
-    }
-    commands(world)?;
-    in_order(world)?;
-    match world.early.first() {
-        Some(early) => Err(format!("EARLY: {early}")),
-        None => Ok(()),
-    }
-}
-
-/// Every command is recorded, and those at QoS 2 once.
-fn commands(world: &World) -> Result<(), String> {
-    for (payload, qos) in &world.commanded {
-        let times = world.recorded.iter().filter(|recorded| *recorded == payload).count();
-        let excused = world.sessions_lost > 0;
-        if times == 0 && *qos > 0 && !excused {
-            return Err(format!("COMMAND LOST: {payload:?}"));
-        }
-        if times > 1 && *qos == 2 && !excused {
-            return Err(format!("COMMAND DOUBLED: {payload:?} {times} times"));
+        if round > QUIET_S && world.ends.len() > ends {
+            return Err(format!("RESTLESS: a quiet connection ended: {:?}", world.ends.last()));
         }
     }
     Ok(())
 }
 
-/// First arrivals on each topic (one lane and one QoS each) come in the order of acceptance; with live first, a
-/// message may overtake what was accepted before the connection began to take on which it was handed out, and
-/// nothing else. What was in flight may overtake a refused message, so topics of which one was refused are judged by
-/// the direct tests.
-fn in_order(world: &World) -> Result<(), String> {
-    let live_first = world.plan.replay.order == ReplayOrder::LiveFirst;
-    let refused: BTreeSet<&str> = world.broker.log.refused.iter().map(|refused| &*refused.topic).collect();
-    let mut seen: BTreeSet<&Bytes> = BTreeSet::new();
-    let mut before: BTreeMap<&str, Vec<(u64, &Bytes)>> = BTreeMap::new();
-    for (topic, payload) in world.handed_on() {
-        if !seen.insert(payload) || refused.contains(topic) {
-            continue;
-        }
-        let number = number(payload);
-        let before = before.entry(topic).or_default();
-        for (earlier, payload) in before.iter().filter(|(earlier, _)| *earlier > number) {
-            let live_from = world.handed_out.get(*payload).into_iter().flatten();
-            let was_live = live_from.into_iter().any(|from| number < *from && from <= earlier);
-            if !live_first || !was_live {
-                return Err(format!("ORDER: {number} after {earlier} on {topic}"));
+fn from_env(name: &str) -> Option<u64> {
+    std::env::var(name).ok().and_then(|number| number.parse().ok())
+}
+
+/// Runs seeds on every core; the lowest that fails is shrunk and told. `test` is the test's own name.
+pub fn seeds(test: &str, count: u64, make: impl Fn(u64) -> Scenario + Sync) {
+    let only = from_env("FIELDPOST_SEED");
+    let count = from_env("FIELDPOST_SEEDS").unwrap_or(count);
+    let range = only.map_or(0..count, |seed| seed..seed + 1);
+    let began = Instant::now();
+    let (next, failed) = (AtomicU64::new(range.start), AtomicU64::new(u64::MAX));
+    let tallies: Mutex<BTreeMap<String, u64>> = Mutex::new(BTreeMap::new());
+    let work = || {
+        loop {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            if seed >= range.end || seed > failed.load(Ordering::Relaxed) {
+                return;
+            }
+            let outcome = run(&make(seed), false);
+            if outcome.result.is_err() {
+                failed.fetch_min(seed, Ordering::Relaxed);
+            }
+            let mut sums = tallies.lock().unwrap();
+            let counts = outcome.world.counts.iter().map(|(name, n)| (name.clone(), *n));
+            let tally = outcome.world.tally.iter().map(|(name, n)| ((*name).to_owned(), *n));
+            for (name, n) in tally.chain(counts) {
+                *sums.entry(name).or_default() += n;
             }
         }
-        before.push((number, payload));
+    };
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get()).min(range.clone().count());
+    std::thread::scope(|scope| (0..cores).for_each(|_| drop(scope.spawn(work))));
+    let failed = failed.into_inner();
+    if failed != u64::MAX {
+        panic!("{}", shrink::report(test, failed, &make(failed)));
     }
-    Ok(())
+    if only.is_some() && from_env("FIELDPOST_TRACE").is_some() {
+        println!("{}", run(&make(range.start), true).trace.join("\n"));
+    }
+    let tallies = tallies.into_inner().unwrap();
+    let events: Vec<String> = tallies.iter().map(|(name, n)| format!("{n} {name}")).collect();
+    let (count, seconds) = (range.count(), began.elapsed().as_secs_f64());
+    println!("{test}: {count} seeds, no violation, {seconds:.0} s: {}", events.join(", "));
+}
+
+/// Whether some seed ends in one of these complaints, for negative controls.
+pub fn complains(of: &[&str], make: impl Fn(u64) -> Scenario) -> bool {
+    (0..300).any(|seed| {
+        let complaint = run(&make(seed), false).result.err();
+        complaint.is_some_and(|complaint| of.iter().any(|of| complaint.starts_with(of)))
+    })
 }
 
 /// Messages that arrived before an earlier one of their topic.
@@ -315,34 +194,6 @@ pub fn overtakers(world: &World) -> u64 {
 pub fn number(payload: &[u8]) -> u64 {
     let digits = payload.iter().take_while(|byte| byte.is_ascii_digit());
     digits.fold(0, |number, digit| number * 10 + u64::from(digit - b'0'))
-}
-
-fn from_env(name: &str) -> Option<u64> {
-    std::env::var(name).ok().and_then(|number| number.parse().ok())
-}
-
-/// Runs seeds; the first failure is run again for the end of its trace.
-pub fn seeds(count: u64, make: impl Fn(u64) -> Run) {
-    let count = from_env("FIELDPOST_SEEDS").unwrap_or(count);
-    let range = from_env("FIELDPOST_SEED").map_or(0..count, |seed| seed..seed + 1);
-    for seed in range {
-        let plan = make(seed);
-        let result = std::panic::catch_unwind(|| run(&plan, seed, false).1);
-        let Some(why) = result.unwrap_or_else(|_| Err("PANIC".into())).err() else { continue };
-        let (world, _) = run(&plan, seed, true);
-        let lines = from_env("FIELDPOST_TRACE").unwrap_or(60) as usize;
-        let tail = &world.trace[world.trace.len().saturating_sub(lines)..];
-        panic!("seed {seed} (FIELDPOST_SEED={seed} runs it alone): {why}\n{}", tail.join("\n"));
-    }
-}
-
-/// Whether some seed ends in one of these complaints, for negative controls.
-pub fn complains(of: &[&str], make: impl Fn(u64) -> Run + std::panic::RefUnwindSafe) -> bool {
-    (0..300).any(|seed| {
-        let result = std::panic::catch_unwind(|| run(&make(seed), seed, false).1);
-        let complaint = result.unwrap_or_else(|_| Err("PANIC".into())).err();
-        complaint.is_some_and(|complaint| of.iter().any(|of| complaint.starts_with(of)))
-    })
 }
 
 pub fn protocol_of(seed: u64) -> Protocol {

@@ -198,6 +198,25 @@ fn unfinished_qos_1_older_than_a_row_goes_before_it_however_often_it_takes() {
 }
 
 #[test]
+fn what_was_found_after_a_crash_keeps_its_place_on_every_later_connection() {
+    // MQTT-4.6.0-1: PUBLISHes are sent again in the order in which they were sent first.
+    let (first, last) = (row(1024, 1, RowState::Published), row(1030, 4, RowState::Published));
+    let older = |seq| Resume::Older(record(seq, "t", Q1));
+    let begin = rows(vec![first.clone(), older(2), older(3), last.clone()]);
+    let mut desk = Desk::running(Protocol::V5, begin, Limits::default());
+    let sent = words(&desk.sent());
+    let wanted =
+        ["PUBLISH 1024 \"1\" dup", "PUBLISH 1031 \"2\"", "PUBLISH 1032 \"3\"", "PUBLISH 1030 \"4\" dup"];
+    assert_eq!(sent, wanted);
+    let carry = desk.session.into_carry();
+    let mut desk = Desk::with(settings(Protocol::V5), rows(vec![first, last]), carry);
+    desk.run(Limits::default());
+    let again =
+        [(1024, 1), (1031, 2), (1032, 3), (1030, 4)].map(|(id, n)| format!("PUBLISH {id} \"{n}\" dup"));
+    assert_eq!(words(&desk.sent()), again);
+}
+
+#[test]
 fn a_connection_that_came_to_nothing_does_not_change_the_order() {
     let mut world = World::new(Plan::new(Protocol::V5));
     world.until_running();

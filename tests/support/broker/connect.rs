@@ -95,6 +95,7 @@ impl Broker {
         session.connection = Some(conn);
         session.ends_at_ms = None;
         session.will = None;
+        session.reuses_ids = self.limits.reuses_ids;
         session.outlives_ms = outlives_ms(&connect, self.limits.session_expiry);
         session.tampered |= said != present;
 

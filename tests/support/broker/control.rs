@@ -6,8 +6,8 @@
 
 use super::Broker;
 use super::log::ConnId;
-use super::packet;
-use super::session::{InFlight, Message, Session, Stage};
+use super::packet::{self, Ack};
+use super::session::{Awaiting, Held, InFlight, Message, Session, Stage};
 use super::wire::{Kind, Version};
 use std::sync::Arc;
 
@@ -55,6 +55,13 @@ impl Broker {
         std::mem::take(&mut session.held).len()
     }
 
+    /// Loses what was sent to a client and not acknowledged to the end, so that its identifiers are free. Says how many.
+    pub fn forget_sent(&mut self, client_id: &str) -> usize {
+        let Some(session) = self.sessions.get_mut(client_id) else { return 0 };
+        session.tampered = true;
+        std::mem::take(&mut session.in_flight).len()
+    }
+
     /// Publishes as if a client had done so: retained if it says so, and to whoever subscribed.
     pub fn publish(&mut self, message: &Message) {
         self.route(message, self.now_ms);
@@ -97,6 +104,36 @@ impl Broker {
         }
         self.send_publish(conn, &client_id, &publish, self.now_ms);
         Some(id)
+    }
+
+    /// Holds a Packet Identifier the client never used, and asks for its PUBREL. False if the client is not connected.
+    pub fn hold_stranger(&mut self, client_id: &str, id: u16, message: Message) -> bool {
+        let Some(conn) = self.connection_of(client_id) else { return false };
+        let Some(session) = self.sessions.get_mut(client_id) else { return false };
+        let (received_no, arrived_no) = (u64::MAX, 0);
+        let held = Held { message, received_no, reason: 0, pubrec_no: None, arrived_no, onward: true };
+        session.held.insert(id, held);
+        self.connections.get_mut(&conn).into_iter().for_each(|connection| connection.tampered = true);
+        self.answer(conn, Ack { kind: Kind::Pubrec, id, reason: 0 }, self.now_ms);
+        true
+    }
+
+    /// Lets go of what [`Broker::hold_stranger`] made it hold.
+    pub fn let_go(&mut self, client_id: &str) {
+        if let Some(session) = self.sessions.get_mut(client_id) {
+            session.held.retain(|_, held| held.received_no != u64::MAX);
+        }
+    }
+
+    /// Believes that the client has received this message, and sends PUBREL. False if it is not connected.
+    pub fn ask_for_pubcomp(&mut self, client_id: &str, message: Message) -> bool {
+        let Some(conn) = self.connection_of(client_id) else { return false };
+        let Some(session) = self.sessions.get_mut(client_id) else { return false };
+        let id = session.free_id();
+        session.in_flight.push(InFlight { id, message, awaiting: Awaiting::Pubcomp, sent_on: conn });
+        self.connections.get_mut(&conn).into_iter().for_each(|connection| connection.tampered = true);
+        self.answer(conn, Ack { kind: Kind::Pubrel, id, reason: 0 }, self.now_ms);
+        true
     }
 
     /// Sends any bytes to a client. False if it is not connected.

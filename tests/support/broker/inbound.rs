@@ -3,7 +3,7 @@
 //! Invariant: a PUBLISH enters `Log::received` exactly when the broker takes responsibility for it.
 
 use super::Broker;
-use super::log::{ConnId, Received, Refused};
+use super::log::{ConnId, HandedOn, Received, Refused};
 use super::packet::{Ack, Publish, encode_ack};
 use super::script::Onward;
 use super::session::{Connection, Held, Message};
@@ -19,6 +19,8 @@ enum Verdict {
     Refuse(u8),
     /// Acknowledged as if all were well, and thrown away.
     Swallow,
+    /// Above a limit: refused where that can be said, otherwise swallowed.
+    Limit,
 }
 
 impl Broker {
@@ -152,9 +154,12 @@ impl Broker {
 
     fn complaints_about_repeat(&mut self, conn: ConnId, publish: &Publish) -> Vec<String> {
         let mut complaints = Vec::new();
+        let retain_available = self.limits.retain_available;
         let Some((connection, held)) = self.judged(conn, publish.id) else { return complaints };
         let id = publish.id;
-        if !held.message.is_same_as(publish) {
+        // A broker that takes RETAIN no more cannot want it again.
+        let retain = if retain_available { publish.retain } else { held.message.retain };
+        if !held.message.is_same_as(&Publish { retain, ..publish.clone() }) {
             complaints.push(format!(
                 "Packet Identifier {id} is held for {:?} and used again for {:?} (MQTT-2.2.1-4; 3.1.1 MQTT-2.3.1-3)",
                 held.message.topic, publish.topic
@@ -198,8 +203,12 @@ impl Broker {
         };
         match self.verdict(conn, &message) {
             Verdict::Take => self.take(conn, message, publish.id, publish.dup, now_ms),
-            Verdict::Refuse(reason) => self.throw_away(conn, message, publish.id, reason, now_ms),
-            Verdict::Swallow => self.throw_away(conn, message, publish.id, 0, now_ms),
+            Verdict::Refuse(reason) => self.throw_away(conn, message, publish.id, (reason, false), now_ms),
+            Verdict::Swallow => self.throw_away(conn, message, publish.id, (0, false), now_ms),
+            Verdict::Limit => {
+                let reason = if self.version(conn) == Version::V5 { 0x97 } else { 0 };
+                self.throw_away(conn, message, publish.id, (reason, true), now_ms);
+            }
         }
     }
 
@@ -231,19 +240,26 @@ impl Broker {
         }
         let held = self.sessions.get(&message.from).map_or(0, |s| s.held.len());
         if message.qos > 0 && self.script.held_limit.is_some_and(|limit| held >= limit) {
-            return if v5 { Verdict::Refuse(0x97) } else { Verdict::Swallow };
+            return Verdict::Limit;
         }
         match self.script.silent_limit {
-            Some(limit) if !v5 && message.qos == 2 && held >= limit => Verdict::Swallow,
+            Some(limit) if !v5 && message.qos == 2 && held >= limit => Verdict::Limit,
             _ => Verdict::Take,
         }
     }
 
-    fn throw_away(&mut self, conn: ConnId, message: Message, id: u16, reason: u8, now_ms: u64) {
+    fn throw_away(
+        &mut self,
+        conn: ConnId,
+        message: Message,
+        id: u16,
+        (reason, by_limit): (u8, bool),
+        now_ms: u64,
+    ) {
         let counters = &mut self.log.counters;
         *(if reason == 0 { &mut counters.swallowed } else { &mut counters.refused }) += 1;
         let Message { topic, payload, qos, .. } = message;
-        self.log.refused.push(Refused { conn, topic, payload, qos, reason });
+        self.log.refused.push(Refused { conn, topic, payload, qos, reason, by_limit, at_ms: now_ms });
         match qos {
             0 => {}
             1 => self.acknowledge(conn, Ack { kind: Kind::Puback, id, reason }, now_ms),
@@ -281,7 +297,7 @@ impl Broker {
             }
         }
         if at_once {
-            self.route(&message, now_ms);
+            self.hand_on(&message, now_ms);
         }
         match message.qos {
             0 => {}
@@ -345,7 +361,13 @@ impl Broker {
         if let Some(received) = index.and_then(|at| self.log.received.get_mut(at as usize)) {
             received.onward = true;
         }
-        self.route(&held.message, now_ms);
+        self.hand_on(&held.message, now_ms);
+    }
+
+    fn hand_on(&mut self, message: &Message, now_ms: u64) {
+        let Message { topic, payload, retain, .. } = message.clone();
+        self.log.handed_on.push(HandedOn { topic, payload, retain });
+        self.route(message, now_ms);
     }
 
     /// MQTT-4.3.3-4 and MQTT-4.6.0-4: one PUBREL for each PUBREC, in the order of the PUBRECs.

@@ -50,6 +50,21 @@ pub struct Refused {
     pub qos: u8,
     /// Reason code answered; 0 when the client was told that all is well.
     pub reason: u8,
+    /// A limit did it that the client knows or must expect.
+    pub by_limit: bool,
+    /// When.
+    pub at_ms: u64,
+}
+
+/// A message handed to whoever subscribes, at the moment it was.
+#[derive(Clone, Debug)]
+pub struct HandedOn {
+    /// Topic Name.
+    pub topic: Arc<str>,
+    /// Application message.
+    pub payload: Bytes,
+    /// RETAIN flag.
+    pub retain: bool,
 }
 
 /// A PUBLISH the broker sent.
@@ -207,6 +222,8 @@ pub struct Log {
     pub received_before: u64,
     /// PUBLISHes not taken.
     pub refused: Vec<Refused>,
+    /// PUBLISHes handed on, subscribed to or not.
+    pub handed_on: Vec<HandedOn>,
     /// PUBLISHes sent.
     pub delivered: Vec<Delivered>,
     /// CONNECTs.
@@ -230,6 +247,7 @@ impl Default for Log {
             received: Vec::new(),
             received_before: 0,
             refused: Vec::new(),
+            handed_on: Vec::new(),
             delivered: Vec::new(),
             connects: Vec::new(),
             wills: Vec::new(),

@@ -39,6 +39,8 @@ pub struct Limits {
     pub tell_no_subscribers: bool,
     /// QoS 2 hand-over.
     pub onward: Onward,
+    /// Whether a Packet Identifier is given to another message as soon as it is free, or as late as possible.
+    pub reuses_ids: bool,
     /// QoS 1 and 2 messages in flight to one client; a smaller Receive Maximum of the client wins.
     pub outgoing_window: usize,
     /// QoS 1 and 2 messages waiting for one client; more are dropped and counted.
@@ -84,6 +86,7 @@ impl Default for Limits {
             granted_qos: 2,
             tell_no_subscribers: false,
             onward: Onward::AtPubrel,
+            reuses_ids: false,
             outgoing_window: 20,
             queue_maximum: 100_000,
             login: None,

@@ -153,6 +153,8 @@ pub struct Session {
     pub tampered: bool,
     /// Packet Identifier given last.
     pub last_id: u16,
+    /// The lowest free one comes next.
+    pub reuses_ids: bool,
 }
 
 impl Session {
@@ -170,6 +172,7 @@ impl Session {
             will: None,
             tampered: false,
             last_id: 0,
+            reuses_ids: false,
         }
     }
 
@@ -184,6 +187,9 @@ impl Session {
 
     /// An id no message in flight has.
     pub fn free_id(&mut self) -> u16 {
+        if self.reuses_ids {
+            self.last_id = 0;
+        }
         loop {
             self.last_id = self.last_id.checked_add(1).unwrap_or(1);
             if !self.in_flight.iter().any(|m| m.id == self.last_id) {
