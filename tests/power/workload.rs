@@ -7,13 +7,16 @@ use std::time::Duration;
 use bytes::Bytes;
 use fastrand::Rng;
 use fieldpost::clock::Stamp;
+use fieldpost::command::{CommandStep, Stepped};
 use fieldpost::message::{Lane, Message, PacketId, Payload, Qos, Seq, Topic};
 use fieldpost::store::browse::{Ask, Found};
 use fieldpost::store::{Append, Batch, Committed, Gap, Settings, Store, StoreError};
-use fieldpost::turn::{Change, Hold, Inbound, Offer, OnSessionLoss, Resume, RowState, Taken};
+use fieldpost::turn::{Begin, Change, Hold, Inbound, Offer, OnSessionLoss, Resume, RowState, Taken};
+use rusqlite::{Connection, params};
 
 use crate::disk;
-use crate::oracle::{Place, Row, START, State};
+use crate::oracle::{START, begin_with_each, rows_of};
+use crate::state::{Kept, Owner, Place, Progress, Row, State};
 
 /// What one step hangs on, as the order table names it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -32,11 +35,32 @@ pub enum Kind {
     Released,
     /// Any PUBLISH on a new connection.
     Settled,
-    /// CONNECT after another owner or a copied database.
+    /// CONNECT.
+    Connecting,
+    /// CONNECT after the database turned out to be a copy.
     Disowned,
     /// A gap record is accepted, and its gap closed.
     Told,
+    /// A command's write.
+    Begun,
+    /// The end of a command, and its answer.
+    Answered,
 }
+
+/// How the workload sets about it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    Right,
+    /// Right, but one thing in each transaction: what is told too early then is that one thing.
+    OneByOne,
+    /// Negative control: done bit and row go in two transactions.
+    SplitDone,
+    /// Negative control: the new epoch and what it voids go in two transactions.
+    SplitEpoch,
+}
+
+/// Where a gateway may send to: one broker, another, and the first as somebody else.
+const OWNERS: [(&str, &str); 3] = [("broker", "client"), ("second", "client"), ("broker", "former")];
 
 /// A message in the session's hands.
 #[derive(Debug, Clone, Copy)]
@@ -56,8 +80,7 @@ pub struct Workload {
     next_text: u64,
     last_send_no: u64,
     connected: bool,
-    /// Done bit and row in two transactions: what the store never does.
-    pub split_done: bool,
+    pub way: Way,
     /// After each step: how far the tape had come, what had been answered, and what the step was.
     pub steps: Vec<(usize, State, BTreeSet<Kind>)>,
     /// What went wrong while the power was on.
@@ -78,7 +101,7 @@ const TOPICS: [(&str, Qos); 6] = [
 ];
 
 impl Workload {
-    pub fn new(settings: Settings, seed: u64, state: State) -> Workload {
+    pub fn new(settings: Settings, seed: u64, state: State, way: Way) -> Workload {
         Workload {
             settings,
             store: None,
@@ -90,7 +113,7 @@ impl Workload {
             next_text: 0,
             last_send_no: 0,
             connected: false,
-            split_done: false,
+            way,
             steps: Vec::new(),
             wrong: Vec::new(),
             failed_commits: 0,
@@ -132,8 +155,8 @@ impl Workload {
                 self.answered(BTreeSet::new());
             }
             24..30 => self.disown(),
-            30..50 => self.begin(),
-            50..60 if self.connected => self.absent(),
+            30..80 => self.begin(),
+            80..90 if self.connected => self.absent(),
             _ if !self.connected && self.random.bool() => self.begin(),
             _ => self.turn(),
         }
@@ -162,17 +185,50 @@ impl Workload {
                     self.complain(format!("boot {} after {}", store.boot().boot, self.state.boot));
                 }
                 self.state.boot = store.boot().boot;
+                // A command that was forgotten before a stop had a number that may come again.
+                self.state.next_command = store.newest_command() + 1;
+                if self.state.commands.keys().any(|number| *number > store.newest_command()) {
+                    self.complain("a command's number comes again".to_owned());
+                }
                 self.store = Some(store);
                 self.count("starts");
                 self.look();
                 self.answered(BTreeSet::new());
+                if self.random.u32(0..3) == 0 {
+                    self.keep_owners();
+                }
             }
             Err(error) if disk::refusals() == 0 => self.complain(format!("cannot be opened: {error}")),
             Err(_) => {}
         }
     }
 
+    /// What an agent does at its start: who is not in its configuration any more is forgotten.
+    fn keep_owners(&mut self) {
+        let policy = self.policy();
+        let owners = OWNERS[..self.random.usize(1..=2)].iter();
+        let owners: Vec<Owner> =
+            owners.map(|(broker, client)| ((*broker).to_owned(), (*client).to_owned())).collect();
+        let Some(store) = &mut self.store else { return };
+        match store.keep_owners(&owners, policy) {
+            Ok(_) => {
+                self.count("owners kept");
+                self.state.keep_owners(&owners, policy);
+                self.look();
+                self.answered(BTreeSet::new());
+            }
+            Err(error) => {
+                let mut after = self.state.clone();
+                after.keep_owners(&owners, policy);
+                self.failed(error, after);
+            }
+        }
+    }
+
     fn disown(&mut self) {
+        if self.way == Way::SplitEpoch {
+            return self.disown_split();
+        }
         let policy = self.policy();
         let Some(store) = &mut self.store else { return };
         match store.disown(self.state.epoch, self.state.boot, policy) {
@@ -192,15 +248,40 @@ impl Workload {
         }
     }
 
+    /// The broken order: the new epoch first, and what it voids afterwards.
+    fn disown_split(&mut self) {
+        let Some(store) = self.store.take() else { return };
+        store.close();
+        let (epoch, boot) = (self.state.epoch, self.state.boot);
+        self.state.disown(epoch, boot, OnSessionLoss::Republish);
+        let broken = || -> rusqlite::Result<()> {
+            let db = Connection::open(&self.settings.path)?;
+            db.execute_batch("PRAGMA locking_mode = EXCLUSIVE; PRAGMA synchronous = FULL")?;
+            db.execute("UPDATE meta SET epoch = ?, boot = ?", params![self.state.epoch, self.state.boot])?;
+            db.execute_batch(
+                "BEGIN; DELETE FROM inflight; DELETE FROM rx_open;
+                 UPDATE session SET uncertain = 0, clean_start = 1, canary = 0; COMMIT",
+            )
+        };
+        if let Err(error) = broken() {
+            self.complain(error.to_string());
+        }
+        self.count("disowned");
+        self.answered(BTreeSet::from([Kind::Disowned]));
+    }
+
     fn policy(&mut self) -> OnSessionLoss {
         if self.random.bool() { OnSessionLoss::Republish } else { OnSessionLoss::Drop }
     }
 
-    /// A connection begins; mostly to the same broker.
+    /// A connection begins: mostly to the same broker, sometimes to another and back.
     fn begin(&mut self) {
-        let policy = OnSessionLoss::Republish;
-        // One broker: what moves between several is the concern of `tests/store.rs` and `tests/failover.rs`.
-        let owner = ("broker".to_owned(), "client".to_owned());
+        let policy = self.policy();
+        let owner = match self.random.usize(0..8) {
+            other @ 0..3 => (OWNERS[other].0.to_owned(), OWNERS[other].1.to_owned()),
+            _ if self.state.owner.0.is_empty() => (OWNERS[0].0.to_owned(), OWNERS[0].1.to_owned()),
+            _ => self.state.owner.clone(),
+        };
         let moved = owner != self.state.owner;
         // What QoS 1 had in flight is still in the session's hands, or it forgot it.
         let forgets = self.random.bool();
@@ -214,19 +295,35 @@ impl Workload {
             Ok(begun) => begun,
             Err(error) => {
                 let mut after = self.state.clone();
-                after.begin((&owner.0, &owner.1), policy);
+                after.begin(&owner, policy);
                 return self.failed(error, after);
             }
         };
-        self.count("connections");
-        self.state.begin((&owner.0, &owner.1), policy);
-        let mut rows = BTreeMap::new();
+        self.count(if moved { "connections to another broker" } else { "connections" });
+        self.state.begin(&owner, policy);
+        self.resume(&begin);
+        self.limits_took(before);
+        self.look();
+        self.answered(BTreeSet::from([Kind::Connecting]));
+        // Nobody answers, and so nothing moves.
+        self.connected = self.random.u32(0..6) > 0;
+        if !self.connected {
+            return;
+        }
+        if begin.clean_start_needed || (begin.session_uncertain && self.random.bool()) {
+            self.absent();
+        } else {
+            self.commit(Vec::new(), vec![Change::SessionPresent], Vec::new(), None);
+        }
+    }
+
+    /// What was in flight is in the session's hands again.
+    fn resume(&mut self, begin: &Begin) {
         let mut in_hand = Vec::new();
         for resume in &begin.resume {
             match resume {
-                Resume::Row { id, state, send_no, lane, seq, record } => {
+                Resume::Row { id, state, lane, seq, record, .. } => {
                     let place = (*lane, seq.0);
-                    rows.insert(id.get(), Row { place, send_no: *send_no, state: *state });
                     in_hand.push((Some(id.get()), InHand { place, qos: Qos::ExactlyOnce }));
                     let bytes = record.as_ref().map(|record| &record.payload);
                     if *state == RowState::Published
@@ -241,41 +338,35 @@ impl Workload {
                 }
             }
         }
-        if rows != self.state.rows {
-            self.complain(format!("resumes {rows:?}, should be {:?}", self.state.rows));
+        let (rows, should) = (rows_of(begin), self.state.session().rows);
+        if rows != should {
+            self.complain(format!("resumes {rows:?}, should be {should:?}"));
         }
-        self.limits_took(before);
         for (id, hand) in in_hand {
             let id = id.unwrap_or_else(|| self.free_id());
             self.in_hand.insert(id, hand);
-        }
-        self.connected = true;
-        self.look();
-        self.answered(if moved { BTreeSet::from([Kind::Disowned]) } else { BTreeSet::new() });
-        if begin.clean_start_needed || (begin.session_uncertain && self.random.bool()) {
-            self.absent();
-        } else {
-            self.commit(Vec::new(), vec![Change::SessionPresent], None);
         }
     }
 
     /// The broker's session is gone.
     fn absent(&mut self) {
         let policy = self.policy();
-        let change = match self.random.u32(0..4) {
-            0 => Change::SessionReplaced(policy),
+        let change = match self.random.u32(0..8) {
+            0..2 => Change::SessionReplaced(policy),
+            2 => Change::RowsVoid(policy),
             _ => Change::SessionAbsent(policy),
         };
         self.count("sessions lost");
         self.in_hand.clear();
-        self.connected = matches!(change, Change::SessionAbsent(_));
-        self.commit(Vec::new(), vec![change], None);
+        self.connected = !matches!(change, Change::SessionReplaced(_));
+        self.commit(Vec::new(), vec![change], Vec::new(), None);
     }
 
     fn free_id(&mut self) -> u16 {
+        let rows = self.state.session().rows;
         loop {
             self.next_id = if self.next_id == 4000 { 1024 } else { self.next_id + 1 };
-            if !self.in_hand.contains_key(&self.next_id) && !self.state.rows.contains_key(&self.next_id) {
+            if !self.in_hand.contains_key(&self.next_id) && !rows.contains_key(&self.next_id) {
                 return self.next_id;
             }
         }
@@ -320,12 +411,63 @@ impl Workload {
                 });
             }
         }
-        if self.split_done {
+        if self.way == Way::SplitDone {
             return self.commit_split(changes);
         }
-        if !(appends.is_empty() && changes.is_empty() && offer.is_none()) {
-            self.commit(appends, changes, offer);
+        let steps = self.steps();
+        if self.way == Way::OneByOne {
+            for change in changes {
+                self.commit(Vec::new(), vec![change], Vec::new(), None);
+            }
+            for step in steps {
+                self.commit(Vec::new(), Vec::new(), vec![step], None);
+            }
+            for append in appends {
+                self.commit(vec![append], Vec::new(), Vec::new(), None);
+            }
+            if offer.is_some() && self.store.is_some() && self.connected {
+                self.commit(Vec::new(), Vec::new(), Vec::new(), offer);
+            }
+            return;
         }
+        if !(appends.is_empty() && changes.is_empty() && steps.is_empty() && offer.is_none()) {
+            self.commit(appends, changes, steps, offer);
+        }
+    }
+
+    /// What becomes of the commands meanwhile.
+    fn steps(&mut self) -> Vec<CommandStep> {
+        let open: Vec<(u64, Option<String>, Progress, String)> = self
+            .state
+            .commands
+            .iter()
+            .map(|(number, command)| {
+                let own = String::from_utf8_lossy(&command.payload).into_owned();
+                (*number, command.id.clone(), command.progress, own)
+            })
+            .collect();
+        let mut steps = Vec::new();
+        for (number, id, progress, own) in open {
+            let dice = self.random.u32(0..1000);
+            let answered_as = match progress {
+                Progress::Recorded if dice < 250 => {
+                    steps.push(CommandStep::Begin { number, id: own });
+                    continue;
+                }
+                Progress::Recorded if dice < 330 => (dice < 300).then_some(own),
+                Progress::Recorded if dice < 360 => {
+                    steps.push(CommandStep::Forget { number });
+                    continue;
+                }
+                Progress::Begun if dice < 300 => id,
+                // Somebody did not hear that it was committed.
+                Progress::Answered if dice < 5 => id,
+                _ => continue,
+            };
+            let answer = Message { lane: Lane::Alarm, ..self.message() };
+            steps.push(CommandStep::Answer { number, id: answered_as, answer: Box::new(answer) });
+        }
+        steps
     }
 
     fn message(&mut self) -> Message {
@@ -356,10 +498,11 @@ impl Workload {
     /// What the broker answered since the last turn.
     fn changes(&mut self) -> Vec<Change> {
         let mut changes = Vec::new();
+        let rows = self.state.session().rows;
         let hands: Vec<(u16, InHand)> = self.in_hand.iter().map(|(id, hand)| (*id, *hand)).collect();
         for (number, InHand { place: (lane, seq), qos }) in hands {
             let Some(id) = PacketId::new(number) else { continue };
-            let row = self.state.rows.get(&number).map(|row| row.state);
+            let row = rows.get(&number).map(|row| row.state);
             let expiring = self.state.waiting.get(&(lane, seq)).is_some_and(|kept| kept.expires_at.is_some());
             let seq = Seq(seq);
             let exchange = (qos == Qos::ExactlyOnce).then_some(id);
@@ -390,10 +533,10 @@ impl Workload {
                 self.in_hand.remove(&number);
             }
         }
-        if self.random.u32(0..100) < 8 {
+        if self.random.u32(0..100) < 25 {
             changes.push(self.inbound());
         }
-        let open: Vec<u16> = self.state.rx_open.keys().copied().collect();
+        let open: Vec<u16> = self.state.session().rx_open.keys().copied().collect();
         for id in open {
             if self.random.u32(0..100) < 15 {
                 changes.extend(PacketId::new(id).map(Change::InboundReleased));
@@ -407,9 +550,13 @@ impl Workload {
 
     fn inbound(&mut self) -> Change {
         self.count("inbound");
+        // One in four repeats another.
+        let known = self.random.u64(0..=self.next_text);
+        let id = if self.random.u32(0..4) == 0 { known } else { self.next_text };
+        let id = format!("command {}", id / 8);
         let inbound = Inbound {
             topic: Topic::new("command").expect("a topic"),
-            payload: Bytes::from(format!("{{\"id\":{}}}", self.next_text)),
+            payload: Bytes::from(id),
             qos: Qos::ExactlyOnce,
             retain: false,
             response_topic: Some("answer".to_owned()),
@@ -426,14 +573,14 @@ impl Workload {
 
     /// The broken order: what must be one transaction is two, the first of which sets the done bit.
     fn commit_split(&mut self, changes: Vec<Change>) {
-        let before = self.state.clone();
+        let before = self.state.session();
         let done: Vec<Change> = changes
             .iter()
             .filter_map(|change| match change {
                 Change::Completed(id) => before.rows.get(&id.get()),
                 _ => None,
             })
-            .filter(|row| row.state != RowState::Abandoned)
+            .filter(|row| row.holds_message())
             .map(|row| Change::Acknowledged { lane: row.place.0, seq: Seq(row.place.1) })
             .collect();
         let Some(store) = &mut self.store else { return };
@@ -449,31 +596,68 @@ impl Workload {
             max_qos: Qos::ExactlyOnce,
             max_publish_bytes: None,
         };
-        self.commit(vec![Append { messages: vec![message], closes: Vec::new() }], changes, Some(offer));
+        let append = Append { messages: vec![message], closes: Vec::new() };
+        self.commit(vec![append], changes, Vec::new(), Some(offer));
     }
 
-    fn commit(&mut self, appends: Vec<Append>, changes: Vec<Change>, offer: Option<Offer>) {
+    fn commit(
+        &mut self,
+        appends: Vec<Append>,
+        changes: Vec<Change>,
+        steps: Vec<CommandStep>,
+        offer: Option<Offer>,
+    ) {
         let before = self.dropped();
-        let (asked, learned) = (appends.clone(), changes.clone());
+        let asked = Asked { appends: appends.clone(), changes: changes.clone(), steps: steps.clone() };
         let offered: BTreeSet<u16> =
             offer.iter().flat_map(|offer| offer.ids.iter().map(|id| id.get())).collect();
         let Some(store) = &mut self.store else { return };
-        let committed = match store.commit(Batch { appends, changes, offer, ..Batch::default() }, self.now) {
+        let committed = match store.commit(Batch { appends, changes, steps, offer }, self.now) {
             Ok(committed) => committed,
             Err(error) => {
                 let mut after = self.state.clone();
-                apply(&mut after, &asked, &learned, None, self.now);
+                apply(&mut after, &asked, None, self.now);
                 return self.failed(error, after);
             }
         };
+        let newest_command = store.newest_command();
         self.count("commits");
-        apply(&mut self.state, &asked, &learned, Some(&committed), self.now);
-        self.count_changes(&learned);
+        // A number may be left out, where a transaction that used it failed.
+        let recorded = asked.changes.iter();
+        let recorded = recorded
+            .filter(|change| matches!(change, Change::Inbound { .. } | Change::InboundOpened { .. }))
+            .count() as u64;
+        if recorded > 0 {
+            let first = newest_command + 1 - recorded;
+            if first < self.state.next_command {
+                self.complain(format!("command {first} comes again"));
+            }
+            self.state.next_command = first;
+        }
+        let moved = self.state.moved();
+        for wrong in apply(&mut self.state, &asked, Some(&committed), self.now) {
+            self.complain(wrong);
+        }
+        *self.counts.entry("moved to another broker").or_default() +=
+            self.state.moved().saturating_sub(moved);
+        self.count_changes(&asked.changes);
+        self.count_steps(&asked.steps, &committed.steps);
         self.limits_took(before);
         self.take(&committed.taken, &offered);
         self.look();
-        let kinds = kinds(&asked, &learned, &committed);
+        let kinds = kinds(&asked, &committed);
         self.answered(kinds);
+    }
+
+    fn count_steps(&mut self, steps: &[CommandStep], stepped: &[Stepped]) {
+        for (step, stepped) in steps.iter().zip(stepped) {
+            self.count(match (step, stepped) {
+                (_, Stepped::Repeated) => "commands repeated",
+                (CommandStep::Begin { .. }, _) => "commands begun",
+                (CommandStep::Answer { .. }, _) => "commands answered",
+                (CommandStep::Forget { .. }, _) => "commands forgotten",
+            });
+        }
     }
 
     fn count_changes(&mut self, changes: &[Change]) {
@@ -503,17 +687,20 @@ impl Workload {
             if held.contains(&place) {
                 self.complain(format!("{place:?} is handed out twice"));
             }
-            if !offered.contains(&id) || self.in_hand.contains_key(&id) || self.state.rows.contains_key(&id) {
+            if !offered.contains(&id)
+                || self.in_hand.contains_key(&id)
+                || self.state.session().rows.contains_key(&id)
+            {
                 self.complain(format!("identifier {id} is handed out twice, or was never offered"));
             }
             if kept.payload != taken.record.payload || kept.topic != taken.record.topic {
                 self.complain(format!("{place:?} is not what was accepted"));
             }
-            let overtaken = self.state.waiting.range((place.0, 0)..place).any(|(older, of)| {
-                of.topic == kept.topic
-                    && !held.contains(older)
-                    && !self.state.rows.values().any(|row| row.place == *older)
-            });
+            let overtaken = self
+                .state
+                .waiting
+                .range((place.0, 0)..place)
+                .any(|(older, of)| of.topic == kept.topic && !held.contains(older));
             if overtaken {
                 self.complain(format!("{place:?} overtakes an older message of its topic"));
             }
@@ -524,14 +711,17 @@ impl Workload {
             self.in_hand.insert(id, InHand { place, qos: taken.qos });
             if taken.qos == Qos::ExactlyOnce {
                 let row = Row { place, send_no: taken.send_no, state: RowState::Published };
-                self.state.rows.insert(id, row);
+                let owner = self.state.owner.clone();
+                self.state.sessions.entry(owner).or_default().rows.insert(id, row);
             }
         }
     }
 
     fn held(&self) -> BTreeSet<Place> {
-        let hands = self.in_hand.values().map(|hand| hand.place);
-        hands.chain(self.state.in_exchange()).collect()
+        let rows = self.state.session().rows;
+        // What is abandoned or has moved keeps its identifier only.
+        let hands = self.in_hand.iter().filter(|(id, _)| rows.get(id).is_none_or(Row::holds_message));
+        hands.map(|(_, hand)| hand.place).chain(self.state.in_exchange()).collect()
     }
 
     fn dropped(&self) -> BTreeMap<(Lane, String), u64> {
@@ -542,7 +732,7 @@ impl Workload {
     fn limits_took(&mut self, before: BTreeMap<(Lane, String), u64>) {
         let Some(Ok(look)) = self.store.as_ref().map(|store| store.look(self.now)) else { return };
         let held = self.held();
-        let mut took = look.dropped;
+        let (mut took, gaps) = (look.dropped, look.gaps);
         // Room is made before anything is handed out.
         took.sort_by_key(|(_, reason, _)| reason != "quota");
         for (lane, reason, count) in took {
@@ -551,21 +741,33 @@ impl Workload {
             let took = count.saturating_sub(by_change.max(known)) as usize;
             let now = self.now.mono_ms;
             let expired = |expires_at: Option<u64>| expires_at.is_some_and(|at| at <= now);
-            let left = if reason == "quota" { self.listed(lane) } else { BTreeSet::new() };
+            if took == 0 {
+                continue;
+            }
+            let left = self.listed(lane);
+            // What is gone and had expired may have gone for that: which of it, only the gaps can say.
+            let gap = |reason: &str| {
+                let gap = gaps.iter().find(|gap| gap.lane == lane && gap.reason == reason);
+                gap.map_or(0..=0, |gap| gap.first.0..=gap.last.0)
+            };
+            let (told, told_expired) = (gap(&reason), gap("expired"));
+            let rank = |(place, kept): (&Place, &Kept)| {
+                let (seq, is_expired) = (place.1, expired(kept.expires_at));
+                let end = seq == *told_expired.start() || seq == *told_expired.end();
+                (is_expired, is_expired && told_expired.contains(&seq), end, !told.contains(&seq), *place)
+            };
             let of_lane = self.state.waiting.range((lane, 0)..=(lane, u64::MAX));
             // For bytes whole segments go, and one with something in flight stays: which, the store says.
             let may_go = of_lane.filter(|(place, kept)| match reason.as_str() {
                 "quota" => !left.contains(&place.1),
-                "expired" => !held.contains(place) && expired(kept.expires_at),
+                "expired" => !left.contains(&place.1) && !held.contains(place) && expired(kept.expires_at),
                 _ => !held.contains(place),
             });
-            let mut may_go: Vec<(bool, Place)> =
-                may_go.map(|(place, kept)| (expired(kept.expires_at), *place)).collect();
+            let mut may_go: Vec<_> = may_go.map(rank).collect();
             if reason == "quota" {
-                // What is gone and had expired may have gone for that.
                 may_go.sort();
             }
-            let places: Vec<Place> = may_go.into_iter().map(|(_, place)| place).take(took).collect();
+            let places: Vec<Place> = may_go.into_iter().map(|(.., place)| place).take(took).collect();
             if let Some(place) = places.iter().find(|place| held.contains(place)) {
                 self.complain(format!("{place:?} was in flight and is dropped by the {reason}"));
             }
@@ -592,16 +794,28 @@ impl Workload {
         let Some(store) = &self.store else { return };
         match store.look(self.now) {
             Ok(look) => {
-                if let Some(damage) = &look.damage {
-                    let what = damage.what.clone();
-                    self.complain(format!("set aside: {what}"));
+                let mut wrong = self.state.disagrees(&look);
+                wrong.extend(self.commands_disagree(&self.state));
+                if store.newest_command() + 1 != self.state.next_command {
+                    wrong.push(format!("the newest command is {}", store.newest_command()));
                 }
-                for wrong in self.state.disagrees(&look) {
-                    self.complain(wrong);
-                }
+                let damage = look.damage.as_ref().map(|damage| format!("set aside: {}", damage.what));
+                wrong.extend(damage);
+                wrong.into_iter().for_each(|wrong| self.complain(wrong));
                 self.state.boot = self.state.boot.max(look.boot.boot);
             }
             Err(error) => self.complain(error.to_string()),
+        }
+    }
+
+    fn commands_disagree(&self, state: &State) -> Vec<String> {
+        let Some(store) = &self.store else { return Vec::new() };
+        match (store.recorded(0, usize::MAX >> 1, self.now), store.interrupted(self.now)) {
+            (Ok(recorded), Ok(interrupted)) => state.commands_disagree(&recorded, &interrupted),
+            (recorded, interrupted) => {
+                let errors = [recorded.err(), interrupted.err()];
+                errors.into_iter().flatten().map(|error| error.to_string()).collect()
+            }
         }
     }
 
@@ -622,25 +836,27 @@ impl Workload {
     /// there. What it handed out, nobody heard of; what limits it took, they count.
     fn find_out(&mut self, mut after: State) {
         let owner = after.owner.clone();
+        let owners: BTreeSet<Owner> =
+            self.state.sessions.keys().chain(after.sessions.keys()).cloned().collect();
         let Some(store) = &mut self.store else { return };
         // Until the disk takes it.
-        let begun = (0..200)
-            .map(|_| store.begin((&owner.0, &owner.1), OnSessionLoss::Republish, &[], self.now))
-            .find_map(Result::ok);
-        let Some(begin) = begun else { return self.complain("never came back".to_owned()) };
+        let begun = begin_with_each(&owners, &owner, |owner| {
+            let tries =
+                (0..200).map(|_| store.begin((&owner.0, &owner.1), OnSessionLoss::Republish, &[], self.now));
+            tries.filter_map(Result::ok).next().ok_or(())
+        });
+        let Ok(begins) = begun else { return self.complain("never came back".to_owned()) };
         let Ok(look) = store.look(self.now) else { return self.complain("cannot look".to_owned()) };
+        let newest_command = store.newest_command();
         let mut before = self.state.clone();
         for state in [&mut before, &mut after] {
-            state.begin((&owner.0, &owner.1), OnSessionLoss::Republish);
-        }
-        let flags = (begin.clean_start_needed, begin.session_uncertain, begin.canary_proven);
-        let rows = begin.resume.iter().filter_map(|resume| match resume {
-            Resume::Row { id, state, send_no, lane, seq, .. } => {
-                Some((id.get(), Row { place: (*lane, seq.0), send_no: *send_no, state: *state }))
+            state.next_command = newest_command + 1;
+            for (owner, _) in &begins {
+                state.begin(owner, OnSessionLoss::Republish);
             }
-            Resume::Older(_) => None,
-        });
-        let rows: BTreeMap<u16, Row> = rows.collect();
+        }
+        let Some((_, begin)) = begins.last() else { return };
+        let rows = rows_of(begin);
         for resume in &begin.resume {
             if let Resume::Older(record) = resume {
                 let id = self.free_id();
@@ -648,15 +864,18 @@ impl Workload {
                 self.in_hand.insert(id, InHand { place, qos: Qos::AtLeastOnce });
             }
         }
-        let open: Vec<u16> = begin.rx_open.iter().map(|(id, _)| id.get()).collect();
-        let is_before = before.disagrees(&look).is_empty()
-            && flags == (before.clean_start, before.uncertain, before.canary)
-            && rows == before.rows
-            && open == before.rx_open.keys().copied().collect::<Vec<_>>();
+        // If nothing of it is there: what had expired may have gone since, when connections began.
+        let complaints = self.wrong.len();
+        let dropped = before.dropped.clone();
+        self.state = before;
+        self.limits_took(dropped);
+        let is_before = self.state.disagrees(&look).is_empty()
+            && self.commands_disagree(&self.state).is_empty()
+            && begins.iter().all(|(owner, begin)| starts_from(&self.state, owner, begin));
         if is_before {
-            self.state = before;
             return;
         }
+        self.wrong.truncate(complaints);
         self.failed_but_done += 1;
         let dropped = after.dropped.clone();
         self.state = after;
@@ -666,19 +885,44 @@ impl Workload {
                 && self.state.waiting.contains_key(&row.place)
                 && !self.state.in_exchange().contains(&row.place);
             if handed_out {
-                self.state.rows.entry(id).or_insert(row);
-                self.state.uncertain = true;
+                let session = self.state.sessions.entry(owner.clone()).or_default();
+                session.rows.entry(id).or_insert(row);
+                session.uncertain = true;
             }
         }
-        if flags != (self.state.clean_start, self.state.uncertain, self.state.canary) {
-            self.complain(format!("flags {flags:?} are neither what they were nor what they should be"));
+        for (owner, begin) in &begins {
+            if !starts_from(&self.state, owner, begin) {
+                let should = self.state.sessions.get(owner);
+                self.complain(format!(
+                    "the session at {owner:?} starts from {begin:?}, should be {should:?}"
+                ));
+            }
         }
     }
 }
 
-/// What was asked, applied to what was answered; without an answer, as if all of it had been accepted.
-fn apply(state: &mut State, appends: &[Append], changes: &[Change], answer: Option<&Committed>, now: Stamp) {
-    let accepted: Vec<&Append> = appends
+/// Whether a connection begins with what is known of the session.
+fn starts_from(state: &State, owner: &Owner, begin: &Begin) -> bool {
+    let session = state.sessions.get(owner).cloned().unwrap_or_default();
+    let rx_open: BTreeMap<u16, u128> = begin.rx_open.iter().map(|(id, hash)| (id.get(), *hash)).collect();
+    rows_of(begin) == session.rows
+        && rx_open == session.rx_open
+        && (begin.clean_start_needed, begin.session_uncertain, begin.canary_proven)
+            == (session.clean_start, session.uncertain, session.canary)
+}
+
+/// What one transaction was asked for.
+struct Asked {
+    appends: Vec<Append>,
+    changes: Vec<Change>,
+    steps: Vec<CommandStep>,
+}
+
+/// What was asked, applied to what was answered; without an answer, as if all of it had been accepted. Says what was
+/// answered otherwise than promised.
+fn apply(state: &mut State, asked: &Asked, answer: Option<&Committed>, now: Stamp) -> Vec<String> {
+    let accepted: Vec<&Append> = asked
+        .appends
         .iter()
         .enumerate()
         .filter(|(number, _)| answer.is_none_or(|answer| answer.appends[*number] == Ok(())))
@@ -688,17 +932,27 @@ fn apply(state: &mut State, appends: &[Append], changes: &[Change], answer: Opti
     for gap in accepted.iter().flat_map(|append| &append.closes) {
         state.close(gap);
     }
-    for change in changes {
+    for change in &asked.changes {
         state.settle(change);
+    }
+    let mut wrong = Vec::new();
+    for (number, step) in asked.steps.iter().enumerate() {
+        let foretold = state.foretell(step);
+        let stepped = answer.map_or(foretold, |answer| answer.steps[number]);
+        if stepped != foretold {
+            wrong.push(format!("{step:?} amounts to {stepped:?}, should be {foretold:?}"));
+        }
+        state.step(step, stepped, now);
     }
     for append in accepted {
         state.accept(&append.messages, now);
     }
+    wrong
 }
 
-fn kinds(appends: &[Append], changes: &[Change], committed: &Committed) -> BTreeSet<Kind> {
+fn kinds(asked: &Asked, committed: &Committed) -> BTreeSet<Kind> {
     let mut kinds = BTreeSet::new();
-    for (append, outcome) in appends.iter().zip(&committed.appends) {
+    for (append, outcome) in asked.appends.iter().zip(&committed.appends) {
         if outcome.is_ok() {
             kinds.insert(if append.closes.is_empty() { Kind::Accepted } else { Kind::Told });
         }
@@ -706,13 +960,23 @@ fn kinds(appends: &[Append], changes: &[Change], committed: &Committed) -> BTree
     if committed.taken.iter().any(|taken| taken.qos == Qos::ExactlyOnce) {
         kinds.insert(Kind::Published);
     }
-    kinds.extend(changes.iter().filter_map(|change| match change {
+    kinds.extend(asked.changes.iter().filter_map(|change| match change {
         Change::Received(_) => Some(Kind::Received),
         Change::Completed(_) | Change::Acknowledged { .. } | Change::DeadLetter { .. } => Some(Kind::Done),
         Change::Inbound { .. } | Change::InboundOpened { .. } => Some(Kind::Inbound),
         Change::InboundReleased(_) => Some(Kind::Released),
-        Change::SessionAbsent(_) | Change::SessionReplaced(_) | Change::SessionPresent => Some(Kind::Settled),
+        Change::SessionAbsent(_)
+        | Change::SessionReplaced(_)
+        | Change::RowsVoid(_)
+        | Change::SessionPresent => Some(Kind::Settled),
         _ => None,
     }));
+    for (step, stepped) in asked.steps.iter().zip(&committed.steps) {
+        match step {
+            CommandStep::Begin { .. } if *stepped == Stepped::Done => kinds.insert(Kind::Begun),
+            CommandStep::Answer { .. } if *stepped == Stepped::Done => kinds.insert(Kind::Answered),
+            _ => false,
+        };
+    }
     kinds
 }
