@@ -16,8 +16,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
-use tracing_subscriber::EnvFilter;
-use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::agent::AgentError;
 use crate::config::{self, Problems};
@@ -180,15 +181,21 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Log lines go to standard error, where the service manager expects them; `FIELDPOST_LOG` chooses which.
+/// Log lines go to standard error, where the service manager expects them; `FIELDPOST_LOG` chooses which: a level, or
+/// a level for each module, `info,fieldpost::uplink=debug`.
 fn start_log() {
-    let filter = EnvFilter::builder()
-        .with_default_directive(LevelFilter::INFO.into())
-        .with_env_var("FIELDPOST_LOG")
-        .from_env_lossy();
-    let log = tracing_subscriber::fmt().compact().with_env_filter(filter).with_writer(io::stderr);
+    let wanted = std::env::var("FIELDPOST_LOG").unwrap_or_default();
+    let parsed = if wanted.is_empty() { Ok(Targets::new()) } else { wanted.parse::<Targets>() };
+    let (filter, refused) =
+        parsed.map_or_else(|error| (Targets::new(), Some(error)), |targets| (targets, None));
+    let default = filter.default_level().unwrap_or(LevelFilter::INFO);
+    let log =
+        tracing_subscriber::fmt::layer().compact().with_writer(io::stderr).with_ansi(colours(&io::stderr()));
     // Fails when a test or an example that runs the agent in itself has a log already.
-    let _ = log.with_ansi(colours(&io::stderr())).try_init();
+    let _ = tracing_subscriber::registry().with(log).with(filter.with_default(default)).try_init();
+    if let Some(error) = refused {
+        tracing::warn!(%error, "FIELDPOST_LOG={wanted} is not understood; write a level, or MODULE=LEVEL, with commas between");
+    }
 }
 
 /// A panic is a bug of ours, and tokio would end one task and carry on with the rest. The store makes it safe
