@@ -324,6 +324,34 @@ fn unfinished_qos_1_messages_older_than_a_row_go_before_it_after_a_crash() {
 }
 
 #[test]
+fn unfinished_qos_1_messages_that_nobody_holds_any_more_go_before_a_row() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut store = open(folder.path());
+    begin(&mut store, "");
+    accept(&mut store, vec![message("t", Qos::AtLeastOnce, "1"), message("t", Qos::ExactlyOnce, "2")]);
+    take(&mut store, 2000, 2);
+    let begin = begin(&mut store, "");
+    assert!(matches!(
+        &begin.resume[..],
+        [Resume::Older(older), Resume::Row { .. }] if &older.payload[..] == b"1"
+    ));
+}
+
+#[test]
+fn a_message_of_a_held_topic_does_not_go_before_a_row() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut store = open(folder.path());
+    begin(&mut store, "");
+    accept(&mut store, texts("a", Qos::AtLeastOnce, 0..2));
+    accept(&mut store, vec![message("b", Qos::ExactlyOnce, "2")]);
+    let seq = take(&mut store, 2000, 3)[0].record.seq;
+    let (lane, hold) = (Lane::Normal, Hold::Topic);
+    settle(&mut store, vec![Change::Refused { id: None, lane, seq, hold, hold_ms: 60_000, reason: 0x97 }]);
+    let begin = begin(&mut store, "");
+    assert!(matches!(&begin.resume[..], [Resume::Row { .. }]), "{:?}", begin.resume);
+}
+
+#[test]
 fn qos_1_messages_the_session_no_longer_holds_are_handed_out_again() {
     let folder = tempfile::tempdir().unwrap();
     let mut store = open(folder.path());

@@ -482,15 +482,18 @@ impl Outbox {
         }
     }
 
-    /// Puts back everything taken for which `keep` says no.
-    pub(crate) fn give_back_unless(&mut self, keep: impl Fn(Lane, u64) -> bool) {
+    /// Puts back everything taken for which `keep` says no; `false`: there was nothing.
+    pub(crate) fn give_back_unless(&mut self, keep: impl Fn(Lane, u64) -> bool) -> bool {
+        let mut any = false;
         for lane in Lane::ALL {
             let queue = self.lane(lane);
             let back: Vec<u64> = queue.taken.iter().copied().filter(|seq| !keep(lane, *seq)).collect();
+            any |= !back.is_empty();
             for seq in back {
                 self.give_back(lane, seq);
             }
         }
+        any
     }
 
     /// Puts a refused record back and holds its topic or its lane.

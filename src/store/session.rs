@@ -204,7 +204,7 @@ impl SessionTable {
             // After a failed commit nobody here remembers them.
             outbox.keep_taken(db, *lane, seq.0)?;
         }
-        outbox.give_back_unless(|lane, seq| {
+        let came_back = outbox.give_back_unless(|lane, seq| {
             unacked.contains(&(lane, Seq(seq))) || rows.iter().any(|row| (row.lane, row.seq) == (lane, seq))
         });
         let own = self.rows.iter().filter(|((of, _), _)| *of == self.owner);
@@ -216,7 +216,8 @@ impl SessionTable {
             let mut state = row.state;
             let mut record = None;
             if state == RowState::Published {
-                if self.fresh {
+                // What QoS 1 had in flight and the session holds no more.
+                if self.fresh || came_back {
                     let older = outbox.older(db, row.lane, row.seq, boot, now)?;
                     resume.extend(older.into_iter().map(Resume::Older));
                 }

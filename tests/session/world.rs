@@ -220,9 +220,6 @@ pub struct World {
     pub is_size_limited: bool,
     /// The broker has announced a Maximum QoS at some time.
     pub was_limited: bool,
-    /// QoS 1 messages whose handing out nobody heard of, because the connection was gone: what was handed out with
-    /// them goes before them.
-    pub unheard_of: BTreeSet<Bytes>,
     /// Identifiers freed by PUBREL alone, whether there was a PUBREC or not: their messages were given up.
     pub freed: BTreeSet<u16>,
     pub ends: Vec<String>,
@@ -298,7 +295,6 @@ impl World {
             refusals_seen: BTreeMap::new(),
             patience_ms,
             was_limited: false,
-            unheard_of: BTreeSet::new(),
             freed: BTreeSet::new(),
             is_size_limited: plan.limits.maximum_packet_size.is_some(),
             ends: Vec::new(),

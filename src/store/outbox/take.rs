@@ -144,7 +144,7 @@ impl Outbox {
     ) -> Sql<Vec<Record>> {
         let mut older = Vec::new();
         let mut passed = Vec::new();
-        if self.is_live_first() {
+        if self.is_live_first() || self.lane(lane).held_until_mono_ms > now.mono_ms {
             return Ok(older);
         }
         while let Some(candidate) = self.candidate(db, lane, Part::Whole)? {
@@ -154,7 +154,8 @@ impl Outbox {
             let Some((entry, expires_s)) = self.readable(db, lane, candidate, boot, now)? else { continue };
             let queue = self.lane(lane);
             queue.pass(candidate);
-            if entry.qos == Qos::AtLeastOnce {
+            let held = queue.held.get(&entry.topic).is_some_and(|held| held.trial != Some(candidate));
+            if entry.qos == Qos::AtLeastOnce && !held {
                 queue.taken.insert(candidate);
                 older.push(entry.into_record(lane, Seq(candidate), expires_s));
             } else {

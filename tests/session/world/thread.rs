@@ -174,9 +174,7 @@ impl World {
                 let ours = |session: &&mut fieldpost::uplink::session::Session| {
                     any || session.connection() == connection
                 };
-                let Some(session) = self.session().filter(ours) else {
-                    return self.throw_away(Answer::Done { connection, settled, refused, taken });
-                };
+                let Some(session) = self.session().filter(ours) else { return };
                 if settled {
                     session.on_committed(&refused, now_ms);
                 }
@@ -186,13 +184,6 @@ impl World {
                 self.tick_session();
                 self.act();
             }
-        }
-    }
-
-    /// An answer whose connection is gone.
-    pub(super) fn throw_away(&mut self, answer: Answer) {
-        if let Answer::Done { taken: Some(taken), .. } = answer {
-            self.unheard_of.extend(taken.into_iter().map(|taken| taken.record.payload));
         }
     }
 

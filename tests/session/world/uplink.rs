@@ -50,9 +50,7 @@ impl World {
         self.unrecorded.clear();
         self.live_from = None;
         if !self.breaks(Rule::AnswersOfThisConnection) {
-            for answer in std::mem::take(&mut self.answers) {
-                self.throw_away(answer);
-            }
+            self.answers.clear();
         }
         let carry = std::mem::take(&mut self.carry);
         let (now, policy) = (self.now, self.plan.settings.on_session_loss);
