@@ -234,13 +234,15 @@ pub struct Carry {
     /// Identifiers whose PUBLISH may have left; `None` after a start of the program, when nobody knows.
     may_have_left: Option<HashSet<PacketId>>,
     refused: HashMap<(Lane, Seq), Refusal>,
+    /// Refusals behind which the store may have handed out more, of which no answer told the session.
+    holding: Vec<Holding>,
 }
 
 impl Carry {
     /// The store has read its tables again and will hand the QoS 1 messages out anew. Its rows may be of messages
     /// that had come further, so what has left is not known any more.
     pub fn after_store_failure(self) -> Self {
-        Carry { unacked: Vec::new(), may_have_left: None, ..self }
+        Carry { unacked: Vec::new(), may_have_left: None, holding: Vec::new(), ..self }
     }
 
     /// The QoS 1 messages that are still in flight.
@@ -455,6 +457,7 @@ impl Session {
             ping_ms: None,
         };
         session.plan_resume(begin.resume, carry.unacked, carry.may_have_left.as_ref());
+        carry.holding.iter().for_each(|holding| session.hold_back_unsent(holding));
         session
     }
 
@@ -984,9 +987,18 @@ impl Session {
         for id in ids {
             if let Some(Flight { qos, record: Some(record), .. }) = self.flights.remove(&id) {
                 self.todo.retain(|todo| !matches!(todo, Todo::Flight(waiting) if *waiting == id));
-                self.pending.push(held_back(holding, id, qos, &record));
+                self.pending.push(held_back(holding, (qos == Qos::ExactlyOnce).then_some(id), &record));
             }
         }
+        // What was found after a crash has no identifier yet.
+        let pending = &mut self.pending;
+        self.todo.retain(|todo| match todo {
+            Todo::Older(record, _) if holding.holds(record) => {
+                pending.push(held_back(holding, None, record));
+                false
+            }
+            _ => true,
+        });
     }
 
     /// Sends what the limits allow of what has to be resumed.
@@ -1469,7 +1481,8 @@ impl Session {
         for taken in taken {
             if let Some(holding) = self.holding.iter().find(|holding| holding.holds(&taken.record)) {
                 let Taken { id, qos, record, .. } = taken;
-                self.pending.push(held_back(holding, id, qos, &record));
+                let row = (qos == Qos::ExactlyOnce).then_some(id);
+                self.pending.push(held_back(holding, row, &record));
                 continue;
             }
             let waits = self.begin_flight(taken).map(Todo::Flight);
@@ -1588,7 +1601,7 @@ impl Session {
             .map(|flight| Flight { sent: false, ..flight })
             .collect();
         unacked.sort_by_key(|flight| (flight.send_no, flight.seq));
-        Carry { unacked, may_have_left, refused: self.refused }
+        Carry { unacked, may_have_left, refused: self.refused, holding: self.holding }
     }
 
     // ---- small things ------------------------------------------------------------------------------------
@@ -1621,10 +1634,9 @@ impl Session {
     }
 }
 
-/// A message that was taken and never sent goes back and shares the hold.
-fn held_back(holding: &Holding, id: PacketId, qos: Qos, record: &Record) -> Change {
+/// A message that was taken and never sent goes back and shares the hold. `id`: that of its row.
+fn held_back(holding: &Holding, id: Option<PacketId>, record: &Record) -> Change {
     let Holding { hold, hold_ms, reason, .. } = *holding;
-    let id = (qos == Qos::ExactlyOnce).then_some(id);
     Change::Refused { id, lane: record.lane, seq: record.seq, hold, hold_ms, reason: reason.0 }
 }
 

@@ -1,7 +1,7 @@
 //! Refusals and limits: what a reason code leads to, and what this broker cannot carry.
 
 use fieldpost::message::{Lane, Qos, Record, Seq};
-use fieldpost::turn::{Change, Hold, RowState};
+use fieldpost::turn::{Change, Hold, Resume, RowState};
 use fieldpost::uplink::packet::{Limits, Packet, Protocol, ReasonCode};
 use fieldpost::uplink::session::{Carry, Counted, Settings};
 
@@ -95,6 +95,55 @@ fn what_was_in_flight_may_overtake_a_refused_message_and_is_counted() {
     desk.take(&[(1, Q2), (2, Q2), (3, Q2)]);
     desk.get(Packet::PubRec(id(1024), QUOTA));
     assert_eq!(desk.count(Counted::OrderOvertaken), 2);
+}
+
+#[test]
+fn what_was_found_after_a_crash_does_not_overtake_a_refused_message() {
+    let older = |seq, topic| Resume::Older(record(seq, topic, Q1));
+    let begin = rows(vec![
+        older(1, "u"),
+        older(2, "u"),
+        older(3, "u"),
+        older(4, "v"),
+        row(1030, 5, RowState::Published),
+    ]);
+    let one_at_a_time = Limits { receive_max: Some(1), ..Limits::default() };
+    let mut desk = Desk::running(Protocol::V5, begin, one_at_a_time);
+    assert_eq!(words(&desk.sent()), ["PUBLISH 1031 \"1\""]);
+    desk.get(Packet::PubAck(id(1031), QUOTA));
+    let held = |change: &Change| match change {
+        Change::Refused { id: None, seq, hold: Hold::Topic, hold_ms: 5_000, .. } => seq.0,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(desk.commit().iter().map(held).collect::<Vec<_>>(), [1, 2, 3]);
+    assert!(words(&desk.sent())[0].ends_with("\"4\""), "the other topic goes on");
+    assert_eq!(desk.count(Counted::OrderOvertaken), 0);
+}
+
+#[test]
+fn what_was_taken_behind_a_refused_message_and_never_sent_does_not_overtake_it_on_the_next_connection() {
+    let (_, mut desk) = answered(Q2, 0x10);
+    desk.take(&[(2, Q2)]);
+    desk.get(Packet::PubRec(id(1025), QUOTA));
+    // The commit that was out took 3 and 4, and the connection ended before the session heard of it.
+    assert!(matches!(desk.session.take_unsaved()[..], [Change::Refused { seq: Seq(2), .. }]));
+    let other = Resume::Row {
+        id: id(1027),
+        state: RowState::Published,
+        send_no: 4,
+        record: Some(record(4, "u", Q2)),
+        lane: Lane::Normal,
+        seq: Seq(4),
+    };
+    let begin = rows(vec![row(1026, 3, RowState::Published), other]);
+    let mut desk = Desk::with(settings(Protocol::V5), begin, desk.session.into_carry());
+    desk.connack(true, Limits::default()).unwrap();
+    let (lane, hold, hold_ms, reason) = (Lane::Normal, Hold::Topic, 5_000, QUOTA.0);
+    let held = Change::Refused { id: Some(id(1026)), lane, seq: Seq(3), hold, hold_ms, reason };
+    assert_eq!(desk.commit(), [held, Change::SessionPresent]);
+    desk.suback();
+    assert_eq!(words(&desk.sent()), ["PUBLISH 1027 \"4\""]);
+    assert_eq!(desk.count(Counted::OrderOvertaken), 0);
 }
 
 #[test]
