@@ -9,6 +9,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
+use bytes::Bytes;
 use fastrand::Rng;
 use fieldpost::uplink::packet::Protocol;
 
@@ -179,16 +180,25 @@ pub fn complains(of: &[&str], make: impl Fn(u64) -> Scenario) -> bool {
     })
 }
 
-/// Messages that arrived before an earlier one of their topic.
+/// Messages that arrived before an earlier one of their topic, as far as the session can know. What arrives again at
+/// QoS 1 was not overtaken by what was sent after it (MQTT 5.0 section 4.6); and when the connection ends before a
+/// refusal is read or what follows from it is committed, the message is sent again, and nobody but the broker knows that
+/// what followed it went ahead.
 pub fn overtakers(world: &World) -> u64 {
-    let mut numbers: BTreeMap<&str, Vec<u64>> = BTreeMap::new();
+    let mut firsts: BTreeMap<&str, Vec<&Bytes>> = BTreeMap::new();
     for (topic, payload) in world.handed_on() {
-        numbers.entry(topic).or_default().push(number(payload));
+        let firsts = firsts.entry(topic).or_default();
+        if !firsts.contains(&payload) {
+            firsts.push(payload);
+        }
     }
-    let overtakes = |(at, number): (usize, &u64), all: &[u64]| all[at..].iter().any(|later| later < number);
+    let overtakes = |(at, payload): (usize, &&Bytes), all: &[&Bytes]| {
+        let is_earlier = |later: &&Bytes| number(later) < number(payload);
+        all[at..].iter().any(|later| is_earlier(later) && !world.was_refused_in_vain(later))
+    };
     let of_topic =
-        |all: &Vec<u64>| all.iter().enumerate().filter(|each| overtakes(*each, all)).count() as u64;
-    numbers.values().map(of_topic).sum()
+        |all: &Vec<&Bytes>| all.iter().enumerate().filter(|each| overtakes(*each, all)).count() as u64;
+    firsts.values().map(of_topic).sum()
 }
 
 pub fn number(payload: &[u8]) -> u64 {

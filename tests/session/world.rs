@@ -128,6 +128,8 @@ struct Online {
     dead: bool,
     /// PUBLISHes sent on this connection, for a rule that sends them again.
     sent: Vec<Packet>,
+    /// What each identifier stood for last on this connection.
+    published: BTreeMap<PacketId, Bytes>,
 }
 
 /// Whether the next commit fails.
@@ -212,6 +214,8 @@ pub struct World {
     held_lanes: BTreeMap<Lane, u64>,
     held_topics: BTreeMap<String, u64>,
     refused_since: BTreeMap<Bytes, u64>,
+    /// How many refusals of each message the session has read, of those that ask to try again.
+    pub refusals_heard: BTreeMap<Bytes, usize>,
     /// How many refusals of each message were looked at.
     refusals_seen: BTreeMap<Bytes, usize>,
     /// `retry_refused_for`, whatever the session makes of it.
@@ -292,6 +296,7 @@ impl World {
             held_lanes: BTreeMap::new(),
             held_topics: BTreeMap::new(),
             refused_since: BTreeMap::new(),
+            refusals_heard: BTreeMap::new(),
             refusals_seen: BTreeMap::new(),
             patience_ms,
             was_limited: false,

@@ -164,6 +164,13 @@ impl World {
         Some((last.reason, self.now.mono_ms.saturating_sub(first_ms), count > seen))
     }
 
+    /// Whether a refusal of what arrived in the end came to nothing: lost on its way, so that nobody but the broker
+    /// knows of it, or for good, which a crash undid.
+    pub fn was_refused_in_vain(&self, payload: &Bytes) -> bool {
+        let refused = self.broker.log.refused.iter().filter(|refused| refused.payload == *payload);
+        refused.count() > self.refusals_heard.get(payload).copied().unwrap_or(0)
+    }
+
     /// A message goes back to its queue and is held.
     fn refused(&mut self, lane: Lane, seq: u64, hold: Hold, hold_ms: u64) {
         self.tally("refusals");

@@ -1,5 +1,7 @@
 //! The connection: what `uplink::connection` does between link and session.
 
+use std::collections::BTreeMap;
+
 use bytes::Bytes;
 use fieldpost::message::{PacketId, Qos};
 use fieldpost::turn::Change;
@@ -81,8 +83,9 @@ impl World {
         let mut link = Link::new(pipe.clone(), protocol, max_packet);
         link.queue(&connect(CLIENT, always_clean, keep_alive_ms, max_packet)).unwrap();
         flush(&mut link);
+        let (sent, published) = (Vec::new(), BTreeMap::new());
         self.online =
-            Some(Online { session, link, pipe, conn, greeted: false, dead: false, sent: Vec::new() });
+            Some(Online { session, link, pipe, conn, greeted: false, dead: false, sent, published });
     }
 
     /// One clean connection on which nothing is published.
@@ -160,6 +163,12 @@ impl World {
                 _ => {}
             }
             let Some(online) = &mut self.online else { return Ok(()) };
+            if let Packet::PubAck(id, reason) | Packet::PubRec(id, reason) = &packet
+                && let Some(payload) = online.published.get(id).filter(|_| reason.is_error())
+                && !matches!(reason.0, 0x90 | 0x95 | 0x99)
+            {
+                *self.refusals_heard.entry(payload.clone()).or_default() += 1;
+            }
             let greeting = matches!(packet, Packet::ConnAck(_));
             let outcome = online.session.on_packet(packet, self.now.mono_ms);
             let events = online.session.take_events();
@@ -307,6 +316,9 @@ impl World {
         let keeps = self.breaks(Rule::OnceAConnection) && matches!(packet, Packet::Publish(_));
         let now_ms = self.now.mono_ms;
         let Some(online) = &mut self.online else { return };
+        if let Packet::Publish(publish) = &packet {
+            online.published.extend(publish.id.map(|id| (id, publish.payload.clone())));
+        }
         online.link.queue(&packet).unwrap_or_else(|error| panic!("the session sent {packet:?}: {error}"));
         online.session.on_written(now_ms);
         flush(&mut online.link);
