@@ -49,8 +49,8 @@ const LAYERS: &[Layer] = &[
     Layer { name: "packets", files: &["uplink/packet"], may: &["message"], pure: true },
     Layer {
         name: "session",
-        files: &["uplink/session"],
-        may: &["message", "turn", "uplink::packet"],
+        files: &["uplink/session", "uplink/session/*"],
+        may: &["message", "turn", "uplink::packet", "uplink::session"],
         pure: true,
     },
     Layer {
