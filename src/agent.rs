@@ -9,6 +9,7 @@
 //! not sent by then is in the database.
 
 use std::io;
+use std::pin::pin;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -16,7 +17,7 @@ use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{error, info, warn};
 
 use crate::clock;
@@ -31,6 +32,8 @@ use crate::point::{PointIndex, Reading};
 use crate::policy::Policy;
 use crate::policy::command::{self, Allowed, WritablePoint};
 use crate::policy::format::Speaker;
+use crate::progress::{Patience, Pulse};
+use crate::service::Service;
 use crate::source::modbus::{self, LateReplies, Line, LinePoint, LineStatus, Unit};
 use crate::stats::Stats;
 use crate::store::{self, Store, StoreError};
@@ -57,6 +60,10 @@ const WRITE_PATIENCE: Duration = Duration::from_secs(5);
 const WRITE_TIMEOUTS: u32 = 4;
 /// How long the store may take to close.
 const CLOSE_DEADLINE: Duration = Duration::from_secs(10);
+/// How long a stop may take beside `drain_timeout`: the goodbye, the control socket, closing, and some to spare.
+const STOP_BESIDE_DRAIN: Duration = Duration::from_secs(30);
+/// When the task that a test wants to see frozen is.
+const FREEZE_AFTER: Duration = Duration::from_secs(2);
 
 /// Why the agent could not start, or ended without being asked to.
 #[derive(Debug, thiserror::Error)]
@@ -87,6 +94,54 @@ pub struct Faults {
     pub break_pubrel_order: bool,
     /// A write is handed to its line before its beginning is committed.
     pub break_command_order: bool,
+    /// A task that is never polled again soon after the start.
+    pub frozen: Option<Part>,
+    /// How many times less patient with every part the watch is; 0 is as 1.
+    pub haste: u32,
+}
+
+/// A part of the agent that the service manager's watchdog depends on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// The store's thread, and the start before it. It is no task, so it is not frozen: a sync that hangs does that.
+    Store,
+    /// Every line.
+    Line,
+    /// The way up.
+    Pipeline,
+    /// The way down.
+    Dispatch,
+    /// The way to the broker.
+    Uplink,
+    /// The control socket's answers and what is said about ourselves.
+    Reporter,
+}
+
+impl Faults {
+    fn patience(&self, part: Part) -> Duration {
+        let patience = Patience::default();
+        let patience = match part {
+            Part::Store => patience.store,
+            Part::Line => patience.line,
+            Part::Pipeline | Part::Dispatch | Part::Uplink | Part::Reporter => patience.waits_for_store,
+        };
+        patience / self.haste.max(1)
+    }
+
+    fn pulse(&self, service: &Service, part: Part, name: &str) -> Pulse {
+        service.part(name, self.patience(part))
+    }
+
+    /// The task, which is polled for a moment only if it is the one to be frozen.
+    async fn freeze(self, part: Part, task: impl Future<Output = ()>) {
+        if self.frozen != Some(part) {
+            return task.await;
+        }
+        let mut task = pin!(task);
+        if timeout(FREEZE_AFTER, task.as_mut()).await.is_err() {
+            std::future::pending().await
+        }
+    }
 }
 
 /// Runs until it is asked to stop by SIGTERM or SIGINT.
@@ -103,8 +158,11 @@ pub async fn run(config: Config) -> Result<(), AgentError> {
 /// As [`run`].
 pub async fn run_with(config: Config, faults: Faults) -> Result<(), AgentError> {
     let mut signals = Signals::new()?;
-    let agent = Agent::start(&config, faults)?;
-    agent.until_stopped(&mut signals, config.gateway.drain_timeout).await
+    let (summary, shown) = watch::channel(String::new());
+    let service = Service::begin(shown)?;
+    let agent = Agent::start(&config, faults, &service, summary)?;
+    service.ready();
+    agent.until_stopped(&mut signals, config.gateway.drain_timeout, &service).await
 }
 
 /// Runs the sources alone, until it is asked to stop or `readings` is closed.
@@ -137,6 +195,8 @@ pub async fn run_dry(config: Config, readings: mpsc::Sender<Reading>) -> Result<
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    /// Handled, or it would end the process.
+    _hangup: Signal,
     /// Handled, or the first write beyond a limit on file sizes (`ulimit -f`) would end the process. So it is an
     /// error of that write.
     _file_size: Signal,
@@ -147,6 +207,7 @@ impl Signals {
         Ok(Signals {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
+            _hangup: signal(SignalKind::hangup())?,
             _file_size: signal(SignalKind::from_raw(rustix::process::Signal::XFSZ.as_raw()))?,
         })
     }
@@ -177,10 +238,16 @@ struct Agent {
 }
 
 impl Agent {
-    fn start(config: &Config, faults: Faults) -> Result<Self, AgentError> {
+    fn start(
+        config: &Config,
+        faults: Faults,
+        service: &Service,
+        summary: watch::Sender<String>,
+    ) -> Result<Self, AgentError> {
         let started = clock::now();
         let stats = Arc::new(Stats::default());
-        let mut store = Store::open(store_settings(config, faults))?;
+        let pulse = faults.pulse(service, Part::Store, "the store");
+        let mut store = Store::open(store::Settings { pulse, ..store_settings(config, faults) })?;
         let boot = store.boot().clone();
         let listener = control::bind(&config.control.socket)?;
         let speaker = Speaker {
@@ -215,22 +282,29 @@ impl Agent {
         for line in &config.modbus {
             let (writes, to_write) = mpsc::channel(WRITES_MAX);
             line_ends.push(LineEnd { writes, patience: WRITE_TIMEOUTS * line.timeout + WRITE_PATIENCE });
-            let line = modbus_line(config, line);
+            let pulse = faults.pulse(service, Part::Line, &format!("line {}", line.name));
+            let line = Line { pulse, ..modbus_line(config, line) };
             let (status, state) = watch::channel(LineStatus::of(&line));
             line_states.push(state);
             let (readings, stats, stop) = (readings.clone(), Arc::clone(&stats), lines_stopped.clone());
-            lines.spawn(modbus::run(line, readings, to_write, written.clone(), status, stats, stop));
+            let task = modbus::run(line, readings, to_write, written.clone(), status, stats, stop);
+            lines.spawn(faults.freeze(Part::Line, task));
         }
 
         let mut dispatch = JoinSet::new();
         let settings = dispatch_settings(config, line_ends, faults);
         let (to_dispatch, counters) = (store.clone(), Arc::clone(&stats));
-        dispatch.spawn(dispatch::run(settings, to_dispatch, from_lines_written, counters, dispatch_stopped));
+        let pulse = faults.pulse(service, Part::Dispatch, "the commands");
+        let task =
+            dispatch::run(settings, to_dispatch, from_lines_written, counters, dispatch_stopped, pulse);
+        dispatch.spawn(faults.freeze(Part::Dispatch, task));
 
         let mut pipeline = JoinSet::new();
         let reporting = config.points.iter().map(|point| point.report.clone());
         let policy = Policy::new(&config.gateway.id, &clock::boot_id(), reporting.collect());
-        pipeline.spawn(pipeline::run(policy, from_lines, store.clone(), qos0.clone(), Arc::clone(&stats)));
+        let (counters, pulse) = (Arc::clone(&stats), faults.pulse(service, Part::Pipeline, "the pipeline"));
+        let task = pipeline::run(policy, from_lines, store.clone(), qos0.clone(), counters, pulse);
+        pipeline.spawn(faults.freeze(Part::Pipeline, task));
 
         let task = Uplink::new(
             brokers,
@@ -242,7 +316,8 @@ impl Agent {
             uplink_stopped,
         )?;
         let mut uplink = JoinSet::new();
-        uplink.spawn(task.run());
+        uplink
+            .spawn(faults.freeze(Part::Uplink, task.run(faults.pulse(service, Part::Uplink, "the uplink"))));
 
         let mut reporter = JoinSet::new();
         let facts = facts(config, started);
@@ -255,8 +330,10 @@ impl Agent {
             lines: line_states,
             announcements,
             qos0,
+            summary,
+            pulse: faults.pulse(service, Part::Reporter, "the reporter"),
         };
-        reporter.spawn(task.run(asked, reporter_stopped));
+        reporter.spawn(faults.freeze(Part::Reporter, task.run(asked, reporter_stopped)));
         reporter.spawn(control::serve(listener, requests));
 
         for warning in config.warnings() {
@@ -288,7 +365,12 @@ impl Agent {
         })
     }
 
-    async fn until_stopped(mut self, signals: &mut Signals, drain: Duration) -> Result<(), AgentError> {
+    async fn until_stopped(
+        mut self,
+        signals: &mut Signals,
+        drain: Duration,
+        service: &Service,
+    ) -> Result<(), AgentError> {
         let asked = tokio::select! {
             () = signals.next() => true,
             // None of these ends before it is told to; an empty set of lines is no end.
@@ -301,6 +383,7 @@ impl Agent {
         if !asked {
             error!("a part of the agent has ended unasked; everything stops");
         }
+        service.stopping(drain + STOP_BESIDE_DRAIN);
         info!("stopping: what is in flight is finished first, a second signal skips that");
         let again = {
             let stopping = self.stop(Instant::now() + drain);
@@ -368,6 +451,7 @@ pub(crate) fn store_settings(config: &Config, faults: Faults) -> store::Settings
         replay: config.replay,
         budget: config.budget,
         commit_interval: config.store.commit_interval,
+        pulse: Pulse::default(),
         faults: faults.store,
     }
 }
@@ -492,5 +576,6 @@ fn modbus_line(config: &Config, line: &config::ModbusLine) -> Line {
         timeout: line.timeout,
         late_replies: LateReplies::Discard,
         units: line.units.iter().map(unit).collect(),
+        pulse: Pulse::default(),
     }
 }

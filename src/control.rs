@@ -1,8 +1,9 @@
 //! The local Unix socket through which the other commands speak to the running agent.
 //!
-//! Only the agent's own user may connect (mode 0600). Requests of one connection may be sent ahead; they are
-//! answered in order. Connections, line lengths, requests and bytes under way are bounded. There is no
-//! deadline for the next request: the kernel says at once when the other end is gone.
+//! Only the agent's own user and group may connect (mode 0660): whoever operates the gateway is put into that group and
+//! needs not be root. Requests of one connection may be sent ahead; they are answered in order. Connections, line
+//! lengths, requests and bytes under way are bounded. There is no deadline for the next request: the kernel says at once
+//! when the other end is gone.
 //!
 //! Invariant (P1): "accepted" is the agent's word, passed on; nothing here says it by itself.
 
@@ -10,7 +11,7 @@ pub mod client;
 pub mod wire;
 
 use std::io;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,6 +32,9 @@ use crate::clock;
 use crate::message::Message;
 
 use wire::{Answer, LINE_MAX_BYTES};
+
+/// Whose the socket is: the agent's user's and group's.
+const SOCKET_MODE: u32 = 0o660;
 
 /// Connections at a time.
 const CONNECTIONS_MAX: usize = 16;
@@ -121,10 +125,12 @@ pub fn bind(path: &Path) -> Result<Listener, BindError> {
     let failed = |source| BindError::Io { path: path.to_owned(), source };
     remove_stale(path)?;
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None).map_err(failed)?;
-    // Before bind, or there would be a moment in which others may connect; Linux gives the file this mode.
+    // Before bind, or there would be a moment in which others may connect; Linux gives the file this mode. The group is
+    // let in afterwards, because a umask, which is meant for files, would take its part away.
     let only_us = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
     rustix::fs::fchmod(&socket, only_us).map_err(|errno| failed(errno.into()))?;
     socket.bind(&SockAddr::unix(path).map_err(failed)?).map_err(failed)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(SOCKET_MODE)).map_err(failed)?;
     socket.listen(CONNECTIONS_MAX as i32).map_err(failed)?;
     socket.set_nonblocking(true).map_err(failed)?;
     let inner = UnixListener::from_std(socket.into()).map_err(failed)?;
@@ -316,8 +322,6 @@ fn to_line(answer: &Answer) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
-
     use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 
     use super::*;
@@ -447,12 +451,12 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn only_the_agents_user_may_connect_and_the_file_goes_with_the_listener() {
+    async fn only_the_agents_user_and_group_may_connect_and_the_file_goes_with_the_listener() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("control.sock");
         let listener = bind(&path).expect("a free name");
         let mode = std::fs::metadata(&path).expect("it is there").permissions().mode();
-        assert_eq!(mode & 0o777, 0o600);
+        assert_eq!(mode & 0o777, 0o660);
         drop(listener);
         assert!(!path.exists());
     }

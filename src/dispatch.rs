@@ -18,6 +18,7 @@ use tracing::{info, warn};
 use crate::clock;
 use crate::command::{CommandStep, Recorded, Stepped, Ticket, Write, Written};
 use crate::policy::command::{self, Judge};
+use crate::progress::{IDLE, Pulse};
 use crate::stats::Stats;
 use crate::store;
 use desk::{Desk, Effect, Limits};
@@ -55,6 +56,7 @@ enum Event {
     NotHandedOver(Ticket),
     Written(Written),
     Tick,
+    Idle,
     Stop,
 }
 
@@ -68,6 +70,7 @@ pub async fn run(
     mut written: mpsc::Receiver<Written>,
     stats: Arc<Stats>,
     mut stop: watch::Receiver<bool>,
+    pulse: Pulse,
 ) {
     let patience_ms: Vec<u64> = settings
         .lines
@@ -83,7 +86,7 @@ pub async fn run(
     let lines: Vec<_> = settings.lines.into_iter().map(|line| line.writes).collect();
     let mut newest = store.newest_command();
     let mut questions: FuturesUnordered<Question> = FuturesUnordered::new();
-    let Some(()) = interrupted(&store, &mut desk, &mut stop).await else { return };
+    let Some(()) = interrupted(&store, &mut desk, &mut stop, &pulse).await else { return };
     let (mut taking, mut stopping) = (false, false);
     loop {
         for effect in desk.take_effects() {
@@ -112,9 +115,14 @@ pub async fn run(
             Some(written) = written.recv() => Event::Written(written),
             Ok(()) = newest.changed() => Event::Tick,
             () = tick => Event::Tick,
+            () = sleep(IDLE) => Event::Idle,
             _ = stop.wait_for(|stop| *stop), if !stopping => Event::Stop,
         };
         let now = clock::now();
+        // While the store owes an answer, only an answer is progress.
+        if questions.is_empty() || matches!(event, Event::Recorded(_) | Event::Stepped(..)) {
+            pulse.beat(now.mono_ms);
+        }
         match event {
             Event::Recorded(recorded) => {
                 taking = false;
@@ -124,6 +132,7 @@ pub async fn run(
             Event::NotHandedOver(ticket) => desk.on_not_handed_over(ticket, now),
             Event::Written(written) => desk.on_written(written, now),
             Event::Tick => desk.tick(now),
+            Event::Idle => {}
             Event::Stop => {
                 stopping = true;
                 desk.stop();
@@ -133,9 +142,16 @@ pub async fn run(
 }
 
 /// What had begun when the agent ended. `None`: stopped before the store could tell.
-async fn interrupted(store: &store::Handle, desk: &mut Desk, stop: &mut watch::Receiver<bool>) -> Option<()> {
+async fn interrupted(
+    store: &store::Handle,
+    desk: &mut Desk,
+    stop: &mut watch::Receiver<bool>,
+    pulse: &Pulse,
+) -> Option<()> {
     loop {
-        match store.interrupted().await {
+        let begun = store.interrupted().await;
+        pulse.beat(clock::mono_ms());
+        match begun {
             Ok(begun) => {
                 if !begun.is_empty() {
                     info!(

@@ -22,10 +22,12 @@ use crate::message::{Lane, Message, Qos};
 use crate::policy::format::{
     self, BudgetHealth, CommandsHealth, Health, LaneHealth, LineHealth, LinkHealth, StoreHealth,
 };
+use crate::progress::Pulse;
 use crate::queue;
 use crate::source::modbus::LineStatus;
 use crate::stats::Stats;
-use crate::store::{self, Damage, Gap, Look, NotAccepted};
+use crate::store::{self, Damage, Gap, Look, NotAccepted, StoreError};
+use crate::summary::{self, summary};
 use crate::uplink::connection::{LinkState, LinkStatus};
 use crate::uplink::presence::{Announcement, Presence};
 
@@ -70,6 +72,10 @@ pub struct Reporter {
     pub announcements: mpsc::Sender<Announcement>,
     /// To the uplink: QoS 0 messages.
     pub qos0: mpsc::Sender<Message>,
+    /// How the agent is, in one line.
+    pub summary: watch::Sender<String>,
+    /// Where the reporter says that it makes progress: the store has answered it.
+    pub pulse: Pulse,
 }
 
 enum Wake {
@@ -107,7 +113,10 @@ impl Reporter {
                     self.stats.clock_corrections_dropped.add(beyond as u64);
                     corrections.truncate(CORRECTIONS_MAX);
                     self.tell_corrections(&mut corrections).await;
-                    self.speak(&mut told).await;
+                    let look = self.store.look().await;
+                    self.summarise(look.as_ref());
+                    self.speak(&mut told, look.as_ref().and_then(|look| look.as_ref().ok())).await;
+                    self.pulse.beat(clock::mono_ms());
                 }
                 Wake::Stop => break,
             }
@@ -154,8 +163,22 @@ impl Reporter {
         None
     }
 
+    fn summarise(&self, look: Option<&Result<Look, Arc<StoreError>>>) {
+        let queue = match look {
+            Some(Ok(look)) => {
+                let messages = look.lanes.iter().map(|lane| lane.messages).sum();
+                summary::Queue::Holds(messages, look.trouble.clone())
+            }
+            Some(Err(error)) => summary::Queue::Unreadable(error.to_string()),
+            None => return, // the agent is stopping
+        };
+        let lines: Vec<_> = self.lines.iter().map(|line| line.borrow().clone()).collect();
+        let text = summary(&self.link.borrow(), &queue, &lines);
+        self.summary.send_replace(text);
+    }
+
     /// Says what has changed since it was last told, and what is due.
-    async fn speak(&mut self, told: &mut Told) {
+    async fn speak(&mut self, told: &mut Told, look: Option<&Look>) {
         let connected = self.link.borrow().state == LinkState::Connected;
         let connects = self.stats.connects.get();
         if !connected || told.connects != connects {
@@ -168,7 +191,7 @@ impl Reporter {
             return;
         }
         self.tell_units(told);
-        let Some(Ok(look)) = self.store.look().await else { return };
+        let Some(look) = look else { return };
         if let Some(damage) = look.damage.as_ref().filter(|damage| told.damage.as_ref() != Some(*damage)) {
             self.tell_damage(damage).await;
             told.damage = Some(damage.clone());
@@ -178,7 +201,7 @@ impl Reporter {
         }
         if told.health.is_none_or(|at| at.elapsed() >= self.facts.health_interval) {
             told.health = Some(Instant::now());
-            let health = self.health(&look);
+            let health = self.health(look);
             self.announce(health);
         }
     }

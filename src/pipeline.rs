@@ -8,11 +8,14 @@ use std::sync::Arc;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use tokio::sync::mpsc;
+use tokio::time::sleep;
 use tracing::{info, warn};
 
+use crate::clock;
 use crate::message::{Message, Qos};
 use crate::point::{PointIndex, Reading};
 use crate::policy::{Policy, Report};
+use crate::progress::{IDLE, Pulse};
 use crate::stats::Stats;
 use crate::store;
 
@@ -33,6 +36,7 @@ pub async fn run(
     store: store::Handle,
     qos0: mpsc::Sender<Message>,
     stats: Arc<Stats>,
+    pulse: Pulse,
 ) {
     let mut desk = Desk { policy, qos0, stats, outstanding: 0, refused: 0 };
     let mut appends = FuturesUnordered::new();
@@ -43,7 +47,12 @@ pub async fn run(
                 Some(reading) => Event::Read(reading),
                 None => break,
             },
+            () = sleep(IDLE) => Event::Idle,
         };
+        // While the store owes an answer, only an answer is progress.
+        if desk.outstanding == 0 || matches!(event, Event::Settled(..)) {
+            pulse.beat(clock::mono_ms());
+        }
         if let Some(Batch { messages, points }) = desk.handle(event) {
             // In the order of the readings (P4); only their commits are awaited together.
             let handed_in = store.hand_in(messages).await;
@@ -69,6 +78,8 @@ enum Event {
     Read(Reading),
     /// The store has spoken about a batch: the points of each of its messages, and why it was refused, if so.
     Settled(Vec<Vec<PointIndex>>, Result<(), String>),
+    /// Nothing, for a while.
+    Idle,
 }
 
 /// Messages for one append, and the points of each.
@@ -96,6 +107,7 @@ impl Desk {
                 self.settle(&points, outcome);
                 None
             }
+            Event::Idle => None,
         }
     }
 

@@ -28,6 +28,7 @@ use std::time::Duration;
 use crate::clock::{self, Stamp};
 use crate::command::{CommandStep, Recorded, Stepped};
 use crate::message::{Lane, Message, PacketId, Seq};
+use crate::progress::Pulse;
 use crate::turn::{Begin, Change, Offer, OnSessionLoss, Taken};
 use database::{Database, sqlite_error};
 
@@ -108,6 +109,8 @@ pub struct Settings {
     pub budget: Option<BudgetSettings>,
     /// Longest wait of a message for others to share its commit with, in the order of [`Lane::ALL`].
     pub commit_interval: [Duration; 3],
+    /// Where the store says that it makes progress.
+    pub pulse: Pulse,
     /// Negative controls of tests: what a commit must survive. Production leaves it at its default.
     pub faults: Faults,
 }
@@ -125,6 +128,7 @@ impl Settings {
             replay: Replay::default(),
             budget: None,
             commit_interval: [Duration::ZERO; 3],
+            pulse: Pulse::default(),
             faults: Faults::default(),
         }
     }
@@ -708,7 +712,8 @@ fn start_over(settings: &Settings, what: String) -> Result<(Database, Damage), S
     let new = Settings { path: salvage::begin(path).map_err(moved)?, ..settings.clone() };
     prepare_files(&new.path)?;
     let db = Database::connect(&new)?;
-    let mut damage = salvage::carry_over(path, &db, what).map_err(|source| sqlite_error(path, source))?;
+    let mut damage =
+        salvage::carry_over(path, &db, what, &settings.pulse).map_err(|source| sqlite_error(path, source))?;
     database::close(db).map_err(|source| sqlite_error(&new.path, source))?;
     salvage::complete(path).map_err(moved)?;
     damage.aside = salvage::finish(path).map_err(moved)?.unwrap_or_default();

@@ -24,7 +24,7 @@ struct Layer {
 const LAYERS: &[Layer] = &[
     Layer {
         name: "vocabulary",
-        files: &["point", "message", "command", "turn", "stats"],
+        files: &["point", "message", "command", "turn", "stats", "progress"],
         // A stamp is plain data; only `clock::now` reads the clocks.
         may: &["clock::Stamp", "message", "point", "turn"],
         pure: true,
@@ -82,13 +82,13 @@ const LAYERS: &[Layer] = &[
     Layer {
         name: "edge: sources",
         files: &["source", "source/modbus", "source/modbus/*"],
-        may: &["clock", "command", "point", "stats", "source"],
+        may: &["clock", "command", "point", "progress", "stats", "source"],
         pure: false,
     },
     Layer {
         name: "edge: store",
         files: &["store", "store/*"],
-        may: &["clock", "command", "message", "stats", "turn", "store"],
+        may: &["clock", "command", "message", "progress", "stats", "turn", "store"],
         pure: false,
     },
     Layer {
@@ -108,7 +108,7 @@ const LAYERS: &[Layer] = &[
         name: "edge: uplink",
         files: &["uplink/connection"],
         // The store is the hub: the uplink holds its handle. The speaker goes into presence.
-        may: &["clock", "message", "stats", "store", "uplink", "policy::format::Speaker"],
+        may: &["clock", "message", "progress", "stats", "store", "uplink", "policy::format::Speaker"],
         pure: false,
     },
     Layer {
@@ -117,11 +117,12 @@ const LAYERS: &[Layer] = &[
         may: &["clock", "message", "control"],
         pure: false,
     },
+    Layer { name: "edge: service manager", files: &["service"], may: &["clock", "progress"], pure: false },
     // ---- glue and assembly
     Layer {
         name: "glue: the way up",
         files: &["pipeline"],
-        may: &["message", "point", "policy", "stats", "store"],
+        may: &["clock", "message", "point", "policy", "progress", "stats", "store"],
         pure: false,
     },
     Layer {
@@ -133,7 +134,7 @@ const LAYERS: &[Layer] = &[
     Layer {
         name: "glue: the way down",
         files: &["dispatch"],
-        may: &["clock", "command", "policy::command", "stats", "store", "dispatch"],
+        may: &["clock", "command", "policy::command", "progress", "stats", "store", "dispatch"],
         pure: false,
     },
     Layer {
@@ -141,6 +142,16 @@ const LAYERS: &[Layer] = &[
         files: &["dispatch/desk"],
         // It judges and answers, so it knows what may be and how an answer reads.
         may: &["clock::Stamp", "command", "message", "point", "policy::command", "policy::format", "stats"],
+        pure: true,
+    },
+    Layer {
+        name: "glue: the summary",
+        files: &["summary"],
+        may: &[
+            "source::modbus::LineStatus",
+            "uplink::connection::LinkState",
+            "uplink::connection::LinkStatus",
+        ],
         pure: true,
     },
     Layer {
@@ -152,10 +163,12 @@ const LAYERS: &[Layer] = &[
             "control",
             "message",
             "policy::format",
+            "progress",
             "queue",
             "source::modbus::LineStatus",
             "stats",
             "store",
+            "summary",
             "uplink::connection::LinkState",
             "uplink::connection::LinkStatus",
             "uplink::presence",
@@ -256,7 +269,17 @@ const PLACES: &[(&str, &[&str])] = &[
     // In Modbus for a timer finer than tokio's.
     (
         "rustix",
-        &["agent", "clock", "cli*", "config*", "control", "health", "source/modbus/silence", "store*"],
+        &[
+            "agent",
+            "clock",
+            "cli*",
+            "config*",
+            "control",
+            "health",
+            "service",
+            "source/modbus/silence",
+            "store*",
+        ],
     ),
     ("rustls", &["uplink/link*", "uplink/tls"]),
     ("rustls_native_certs", &["uplink/tls"]),

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fieldpost::point::{Fault, PointIndex, Sample, Value};
+use fieldpost::progress::Pulse;
 use fieldpost::source::modbus::register::{Encoding, Kind, Order};
 use fieldpost::source::modbus::{self, LateReplies, Line, LinePoint, LineStatus, Space, Transport, Unit};
 use fieldpost::stats::Stats;
@@ -83,6 +84,7 @@ async fn samples(points: &[LinePoint], server: &Server<'_>) -> Vec<Sample> {
         transport: Transport::Tcp { host: "127.0.0.1".to_owned(), port },
         timeout: Duration::from_secs(10),
         late_replies: LateReplies::Discard,
+        pulse: Pulse::default(),
         units: vec![Unit { name: "unit".into(), unit: 1, points: points.to_vec() }],
     };
     let (readings, mut read) = mpsc::channel(4);

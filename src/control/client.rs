@@ -15,8 +15,8 @@ const ANSWER_DEADLINE: Duration = Duration::from_secs(120);
 pub enum ClientError {
     /// Nobody listens.
     #[error(
-        "no agent answers on {}: {source}; is fieldpost running (systemctl status fieldpost), and is this its user (or root)? \
-         --socket or --config says where it listens",
+        "no agent answers on {}: {source}; is fieldpost running (systemctl status fieldpost), and are you in its group \
+         (sudo usermod -aG fieldpost $USER, then log in again)? --socket or --config says where it listens",
         path.display()
     )]
     Connect {

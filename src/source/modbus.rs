@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use crate::clock::Stamp;
 use crate::point::{PointIndex, Value};
+use crate::progress::Pulse;
 pub use line::run;
 use register::Encoding;
 
@@ -65,6 +66,8 @@ pub struct Line {
     pub late_replies: LateReplies,
     /// Its units.
     pub units: Vec<Unit>,
+    /// Where its task says that it makes progress.
+    pub pulse: Pulse,
 }
 
 /// One unit (a slave, on a serial line).

@@ -18,7 +18,9 @@ use rusqlite::{Connection, Row, params, params_from_iter};
 
 use super::outbox::{DropReason, seq_of};
 use super::{segment, with_suffix};
+use crate::clock;
 use crate::message::{Lane, Seq};
+use crate::progress::Pulse;
 
 /// Files set aside that are kept.
 const KEPT: usize = 2;
@@ -120,8 +122,14 @@ fn forget_oldest(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Carries everything readable from the database at `path` into the new, empty one `db`.
-pub(super) fn carry_over(path: &Path, db: &Connection, what: String) -> Result<Damage, rusqlite::Error> {
+/// Carries everything readable from the database at `path` into the new, empty one `db`. That may take minutes; each
+/// row is progress.
+pub(super) fn carry_over(
+    path: &Path,
+    db: &Connection,
+    what: String,
+    pulse: &Pulse,
+) -> Result<Damage, rusqlite::Error> {
     let mut damage = Damage { what, aside: PathBuf::new(), salvaged: 0, lost: 0, possibly_doubled: 0 };
     let old = match open_damaged(path) {
         Ok(old) => old,
@@ -131,7 +139,7 @@ pub(super) fn carry_over(path: &Path, db: &Connection, what: String) -> Result<D
         }
     };
     db.execute_batch("BEGIN IMMEDIATE")?;
-    let mut carrier = Carrier { old: &old, db, queries_left: QUERIES_MAX };
+    let mut carrier = Carrier { old: &old, db, queries_left: QUERIES_MAX, pulse };
     carrier.carry(&mut damage)?;
     db.execute_batch("COMMIT")?;
     Ok(damage)
@@ -147,6 +155,7 @@ struct Carrier<'a> {
     old: &'a Connection,
     db: &'a Connection,
     queries_left: u32,
+    pulse: &'a Pulse,
 }
 
 /// What was found of a lane.
@@ -202,6 +211,7 @@ impl Carrier<'_> {
                 return Ok(());
             }
             self.queries_left -= 1;
+            self.pulse.beat(clock::mono_ms());
             let Some(at) = self.walk_range(sql, from, to, sink)? else { continue };
             if at < to {
                 let middle = at + (to - at) / 2;
@@ -230,6 +240,7 @@ impl Carrier<'_> {
                     let Ok(key) = row.get::<_, i64>(0) else { return Ok(Some(at)) };
                     at = at.max(key.saturating_add(1));
                     sink(row)?;
+                    self.pulse.beat(clock::mono_ms());
                 }
                 Ok(None) => return Ok(None),
                 Err(_) => return Ok(Some(at)),
@@ -303,6 +314,7 @@ impl Carrier<'_> {
         let places = vec!["?"; columns].join(", ");
         let insert = format!("INSERT OR IGNORE INTO {table} ({names}) VALUES ({places})");
         while let Ok(Some(row)) = rows.next() {
+            self.pulse.beat(clock::mono_ms());
             let values: Result<Vec<Value>, _> = (0..columns).map(|column| row.get(column)).collect();
             let Ok(values) = values else { continue };
             // A row that no longer fits its table is part of the damage.

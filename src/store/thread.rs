@@ -17,6 +17,7 @@ use super::{Append, Batch, Committed, Gap, Look, Settled, Store, StoreError};
 use crate::clock;
 use crate::command::{CommandStep, Recorded, Stepped};
 use crate::message::{Lane, Message, PacketId, Seq};
+use crate::progress::IDLE;
 use crate::stats::Stats;
 use crate::turn::{Begin, Change, Offer, OnSessionLoss, Taken};
 
@@ -399,6 +400,8 @@ impl Worker {
     async fn run(mut self, mut requests: mpsc::Receiver<Request>, mut turns: mpsc::Receiver<Turn>) {
         let mut closing = None;
         while closing.is_none() {
+            // Here everything that was asked has its answer, or waits for a time that has not come.
+            self.store.settings.pulse.beat(clock::mono_ms());
             match self.wait(&mut requests, &mut turns).await {
                 Wake::Turn(turn) => self.take_turn(turn),
                 Wake::Request(request) => closing = self.handle(request, &mut turns),
@@ -426,13 +429,8 @@ impl Worker {
     }
 
     async fn wait(&self, requests: &mut mpsc::Receiver<Request>, turns: &mut mpsc::Receiver<Turn>) -> Wake {
-        let wake_at = self.wake_at();
-        let due = async move {
-            match wake_at {
-                Some(at) => tokio::time::sleep_until(at).await,
-                None => std::future::pending().await,
-            }
-        };
+        let idle = Instant::now() + IDLE;
+        let due = tokio::time::sleep_until(self.wake_at().map_or(idle, |at| at.min(idle)));
         tokio::select! {
             biased;
             Some(turn) = turns.recv() => Wake::Turn(turn),

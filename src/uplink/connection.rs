@@ -25,6 +25,7 @@ use super::tls;
 use crate::clock;
 use crate::message::{Message, Qos, Topic};
 use crate::policy::format::Speaker;
+use crate::progress::Pulse;
 use crate::stats::Stats;
 use crate::store::{self, StoreError, Turn, Turned};
 
@@ -44,8 +45,8 @@ const GOODBYE: Duration = Duration::from_secs(2);
 const HASTY_GOODBYE: Duration = Duration::from_millis(300);
 /// No QoS 0 message is added to more unsent bytes than this: a broker that reads nothing costs no more memory.
 const QOS0_BEHIND_MAX_BYTES: usize = 1 << 20;
-/// How often a clock that is not right is looked at while waiting.
-const LOOK_AT_CLOCK: Duration = Duration::from_secs(1);
+/// How often a clock that is not right is looked at while waiting, and a sign of life is given.
+const LOOK: Duration = Duration::from_secs(1);
 /// A connection the broker closes sooner than this after another like it looks like a takeover.
 const SHORT_LIFE: Duration = Duration::from_secs(30);
 /// How many of those in a row are called one.
@@ -269,6 +270,8 @@ pub struct Uplink {
     backoffs: Vec<Backoff>,
     connections: u64,
     short_lives: u32,
+    /// Where the task says that it makes progress.
+    pulse: Pulse,
     /// What was last logged of what the broker does not allow.
     told: Vec<String>,
 }
@@ -316,6 +319,7 @@ impl Uplink {
             presence,
             connections: 0,
             short_lives: 0,
+            pulse: Pulse::default(),
             told: Vec::new(),
         };
         uplink.show_broker();
@@ -340,10 +344,13 @@ impl Uplink {
         Carry::default()
     }
 
-    /// Connects again and again until it is asked to stop.
-    pub async fn run(mut self) {
+    /// Connects again and again until it is asked to stop. Says through `pulse` that it makes progress; while the store
+    /// owes it an answer, only an answer is.
+    pub async fn run(mut self, pulse: Pulse) {
+        self.pulse = pulse;
         let mut carry = Carry::default();
         while *self.stop.borrow() == Stop::No {
+            self.pulse.beat(clock::mono_ms());
             self.set_state(LinkState::Connecting);
             let began = Instant::now();
             let end;
@@ -449,12 +456,17 @@ impl Uplink {
         self.set_state(LinkState::Waiting { until_mono_ms: now_ms + delay.as_millis() as u64 });
         debug!(delay_ms = delay.as_millis() as u64, "waiting before the next attempt to connect");
         let until = Instant::now() + delay;
-        let mut looks = interval(LOOK_AT_CLOCK);
+        let mut looks = interval(LOOK);
         let clock_was_right = clock::now().wall_is_right();
         loop {
             tokio::select! {
-                // A certificate may be good by a clock that has just been set.
-                _ = looks.tick(), if !clock_was_right => if clock::now().wall_is_right() { return },
+                _ = looks.tick() => {
+                    self.pulse.beat(clock::mono_ms());
+                    // A certificate may be good by a clock that has just been set.
+                    if !clock_was_right && clock::now().wall_is_right() {
+                        return;
+                    }
+                }
                 Some(_) = self.qos0.recv() => self.stats.qos0_dropped.increment(),
                 Some(_) = self.announcements.recv() => {}
                 // Not the next change: the connection may have ended while it was being stopped.
@@ -576,6 +588,7 @@ impl Uplink {
         let tls = settings.tls.as_ref().map(|tls| tls::Client::new(tls, &settings.host)).transpose()?;
         let endpoint = settings.endpoint(tls.as_ref(), &self.stats);
         let mut stop = self.stop.clone();
+        self.pulse.busy(clock::mono_ms(), settings.connect_timeout);
         let stream = tokio::select! {
             stream = link::open(&endpoint) => stream?,
             _ = stop.wait_for(|stop| *stop != Stop::No) => return Err(End::Stopped),
@@ -591,6 +604,7 @@ impl Uplink {
     /// What the broker says first; sends CONNECT meanwhile.
     async fn first_packet(&self, link: &mut Link<Stream>) -> Result<Packet, End> {
         let patience = self.settings.connect_timeout;
+        self.pulse.busy(clock::mono_ms(), patience);
         let mut stop = self.stop.clone();
         tokio::select! {
             packet = timeout(patience, link.next()) => Ok(packet.map_err(|_| End::NoConnack(patience))??),
@@ -773,6 +787,9 @@ impl Uplink {
         link: &mut Link<Stream>,
     ) -> Result<(), End> {
         let now_ms = clock::mono_ms();
+        if !session.is_committing() || matches!(wake, Wake::Turned(_)) {
+            self.pulse.beat(now_ms);
+        }
         match wake {
             Wake::Packet(packet) => {
                 session.on_packet(packet?, now_ms)?;

@@ -550,6 +550,11 @@ impl Session {
         self.draining = true;
     }
 
+    /// Whether the store owes an answer to the last turn.
+    pub fn is_committing(&self) -> bool {
+        self.committing.is_some()
+    }
+
     /// Whether nothing of ours waits for an acknowledgement or a commit.
     pub fn is_idle(&self) -> bool {
         self.in_flight == 0

@@ -6,7 +6,7 @@
 //! Invariant: the agent and its files are gone when the value is dropped.
 
 use super::wait_until;
-use fieldpost::agent::Faults;
+use fieldpost::agent::{Faults, Part};
 use fieldpost::control::client::{self, ClientError};
 use fieldpost::control::wire::{Answer, Publish, Question, Status};
 use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
@@ -25,10 +25,14 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const AHEAD: usize = 200;
 /// Name of the test that is the agent when this variable names a configuration file; see [`be_the_agent`].
 const CONFIG_VARIABLE: &str = "FIELDPOST_TEST_AGENT_CONFIG";
-/// Faults of that agent: two orders that are broken, and a number of milliseconds.
+/// Faults of that agent: two orders that are broken, a number of milliseconds, a part that is frozen, and haste.
 const BREAK_PUBREL_ORDER_VARIABLE: &str = "FIELDPOST_TEST_AGENT_BREAKS_PUBREL_ORDER";
 const BREAK_COMMAND_ORDER_VARIABLE: &str = "FIELDPOST_TEST_AGENT_BREAKS_COMMAND_ORDER";
 const COMMIT_STALL_VARIABLE: &str = "FIELDPOST_TEST_AGENT_COMMIT_STALL_MS";
+const FROZEN_VARIABLE: &str = "FIELDPOST_TEST_AGENT_FREEZES";
+const HASTE_VARIABLE: &str = "FIELDPOST_TEST_AGENT_HASTE";
+/// What can be frozen.
+const PARTS: [Part; 5] = [Part::Line, Part::Pipeline, Part::Dispatch, Part::Uplink, Part::Reporter];
 
 /// The binary under test; only integration tests are told where it is.
 pub fn binary() -> PathBuf {
@@ -214,6 +218,10 @@ impl Agent {
         command.args(["--exact", "agent_with_faults", "--nocapture"]);
         command.env(CONFIG_VARIABLE, self.config_file());
         command.env(COMMIT_STALL_VARIABLE, faults.store.commit_stall.as_millis().to_string());
+        command.env(HASTE_VARIABLE, faults.haste.to_string());
+        if let Some(part) = faults.frozen {
+            command.env(FROZEN_VARIABLE, format!("{part:?}"));
+        }
         if faults.break_pubrel_order {
             command.env(BREAK_PUBREL_ORDER_VARIABLE, "1");
         }
@@ -413,7 +421,9 @@ pub fn drained(status: &Status) -> bool {
 /// named `agent_with_faults`.
 pub fn be_the_agent() {
     let Some(file) = std::env::var_os(CONFIG_VARIABLE) else { return };
-    let stall_ms = std::env::var(COMMIT_STALL_VARIABLE).ok().and_then(|ms| ms.parse().ok()).unwrap_or(0);
+    let number = |variable| std::env::var(variable).ok()?.parse().ok();
+    let stall_ms = number(COMMIT_STALL_VARIABLE).unwrap_or(0);
+    let frozen = std::env::var(FROZEN_VARIABLE).ok();
     let store =
         fieldpost::store::Faults { commit_stall: Duration::from_millis(stall_ms), ..Default::default() };
     let is_set = |variable| std::env::var_os(variable).is_some();
@@ -421,6 +431,8 @@ pub fn be_the_agent() {
         store,
         break_pubrel_order: is_set(BREAK_PUBREL_ORDER_VARIABLE),
         break_command_order: is_set(BREAK_COMMAND_ORDER_VARIABLE),
+        frozen: PARTS.into_iter().find(|part| frozen.as_deref() == Some(&format!("{part:?}"))),
+        haste: number(HASTE_VARIABLE).and_then(|haste| u32::try_from(haste).ok()).unwrap_or(0),
     };
     let _installed = tracing_subscriber::fmt().with_ansi(false).with_writer(std::io::stderr).try_init();
     let config = fieldpost::config::load(Path::new(&file)).expect("the test wrote a good configuration");

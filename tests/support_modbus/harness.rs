@@ -8,6 +8,7 @@ use std::time::Duration;
 use fieldpost::clock;
 use fieldpost::command::{Outcome, Ticket, Write, Written};
 use fieldpost::point::{Fault, PointIndex, Reading, Sample, Value};
+use fieldpost::progress::Pulse;
 use fieldpost::source::modbus::register::{Encoding, Kind, Order};
 use fieldpost::source::modbus::{
     self, LateReplies, Line, LinePoint, LineStatus, Parity, SerialPort, Space, Transport, Unit, Writable,
@@ -138,6 +139,7 @@ pub fn line(transport: Transport, timeout_ms: u64, units: Vec<Unit>) -> Line {
         transport,
         timeout: Duration::from_millis(timeout_ms),
         late_replies: LateReplies::Discard,
+        pulse: Pulse::default(),
         units,
     }
 }

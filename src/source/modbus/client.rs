@@ -512,6 +512,7 @@ impl AsyncWrite for LentPort {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::progress::Pulse;
     use tokio::io::AsyncWriteExt as _;
 
     fn read(space: Space, count: u16) -> Read {
@@ -566,7 +567,14 @@ mod tests {
 
     fn line(transport: Transport, timeout: Duration) -> Line {
         let late_replies = LateReplies::Discard;
-        Line { name: "line1".into(), transport, timeout, late_replies, units: Vec::new() }
+        Line {
+            name: "line1".into(),
+            transport,
+            timeout,
+            late_replies,
+            units: Vec::new(),
+            pulse: Pulse::default(),
+        }
     }
 
     fn serial(baud_rate: u32) -> Transport {

@@ -22,6 +22,7 @@ use super::{Line, LinePoint, LineStatus, Transport};
 use crate::clock::{self, Stamp};
 use crate::command::{Outcome as Ending, Write, Written};
 use crate::point::{Fault, PointIndex, Reading, Sample, Value};
+use crate::progress::{IDLE, Pulse};
 use crate::source::schedule::{Attempt, Breaker, Due, Schedule};
 use crate::stats::Stats;
 
@@ -31,6 +32,11 @@ const FIRST_REOPEN_MS: u64 = 500;
 const LONGEST_REOPEN_SERIAL_MS: u64 = 4_000;
 /// The longest pause before a server is connected to again.
 const LONGEST_REOPEN_TCP_MS: u64 = 30_000;
+/// Timeouts that one request may take at most: a stale connection, a new one, the request once more, and the silence
+/// after each. The time of the bytes is within any patience.
+const REQUEST_TIMEOUTS: u32 = 8;
+/// The least of them, as connections are waited for at least so long.
+const SHORTEST_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long a write under way may still take when the agent stops.
 const LAST_WRITE: Duration = Duration::from_secs(1);
 
@@ -82,6 +88,9 @@ struct Task {
     readings: mpsc::Sender<Reading>,
     status: watch::Sender<LineStatus>,
     stats: Arc<Stats>,
+    pulse: Pulse,
+    /// How long one request may take.
+    request: Duration,
 }
 
 struct UnitState {
@@ -180,6 +189,7 @@ impl Task {
             Transport::Tcp { .. } => LONGEST_REOPEN_TCP_MS,
         };
         status.send_replace(LineStatus::of(&line));
+        let request = REQUEST_TIMEOUTS * line.timeout.max(SHORTEST_TIMEOUT);
         Task {
             name: line.name,
             client,
@@ -196,11 +206,14 @@ impl Task {
             readings,
             status,
             stats,
+            pulse: line.pulse,
+            request,
         }
     }
 
     async fn work(&mut self) {
         while !self.readings.is_closed() {
+            self.progress();
             if self.client.down().is_some() && self.now_ms() >= self.reopen.at_ms {
                 self.open().await;
             }
@@ -215,6 +228,11 @@ impl Task {
         debug!(line = %self.name, "nobody takes readings any more");
     }
 
+    /// A request has ended, whatever came of it, or there is none; the next one may take its time.
+    fn progress(&self) {
+        self.pulse.busy(clock::mono_ms(), self.request);
+    }
+
     fn now_ms(&self) -> u64 {
         self.started.elapsed().as_millis() as u64
     }
@@ -223,16 +241,13 @@ impl Task {
     async fn wait(&mut self) {
         let reopen = self.client.down().is_some().then_some(self.reopen.at_ms);
         let next_ms = [self.schedule.next_ms(), reopen].into_iter().flatten().min();
-        let (started, readings) = (self.started, &self.readings);
-        let due = async {
-            match next_ms {
-                Some(at_ms) => sleep_until(started + Duration::from_millis(at_ms)).await,
-                None => readings.closed().await,
-            }
-        };
+        self.pulse.beat(clock::mono_ms());
+        let idle = Instant::now() + IDLE;
+        let due = next_ms.map_or(idle, |at_ms| idle.min(self.started + Duration::from_millis(at_ms)));
         let write = tokio::select! {
             write = self.desk.take() => write,
-            () = due => return,
+            () = sleep_until(due) => return,
+            () = self.readings.closed(), if next_ms.is_none() => return,
         };
         self.write(write).await;
     }
@@ -393,6 +408,7 @@ impl Task {
 
     /// Writes down what the outcome of a request says about unit and line.
     fn note(&mut self, unit: usize, asked_ms: u64, failure: Option<&Failure>) {
+        self.progress();
         let now_ms = self.now_ms();
         match failure {
             None | Some(Failure::Refused(_) | Failure::Wrong(_)) => self.unit_answered(unit),
