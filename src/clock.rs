@@ -5,6 +5,7 @@
 pub mod correction;
 
 use std::fs;
+#[cfg(target_pointer_width = "64")]
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// A wall clock before this moment (2025-01-01T00:00:00Z, in ms) has certainly not been set.
@@ -40,11 +41,24 @@ impl Stamp {
 
 /// Reads both clocks.
 pub fn now() -> Stamp {
-    let wall_ms = match SystemTime::now().duration_since(UNIX_EPOCH) {
+    Stamp { wall_ms: wall_ms(), mono_ms: mono_ms(), synchronised: synchronised() }
+}
+
+/// The wall clock of [`now`] alone.
+#[cfg(target_pointer_width = "64")]
+pub fn wall_ms() -> i64 {
+    match SystemTime::now().duration_since(UNIX_EPOCH) {
         Ok(since) => since.as_millis() as i64,
         Err(before) => -(before.duration().as_millis() as i64),
-    };
-    Stamp { wall_ms, mono_ms: mono_ms(), synchronised: synchronised() }
+    }
+}
+
+/// The wall clock of [`now`] alone. A C library that counts seconds in 32 bits has none after 2038-01-19, and `std`
+/// then ends the program; a clock that was set wrong is enough. The kernel counts in 64 bits, and is asked itself.
+#[cfg(target_pointer_width = "32")]
+pub fn wall_ms() -> i64 {
+    let wall = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
+    wall.tv_sec * 1000 + wall.tv_nsec / 1_000_000
 }
 
 /// The monotonic clock of [`now`] alone, which costs no system call: for what is looked at with each packet.

@@ -101,7 +101,16 @@ const LAYERS: &[Layer] = &[
             "uplink/secret",
             "uplink/tls",
         ],
-        may: &["message", "stats", "uplink::packet", "uplink::link", "uplink::secret", "uplink::tls"],
+        // The clock for certificates.
+        may: &[
+            "clock",
+            "message",
+            "stats",
+            "uplink::packet",
+            "uplink::link",
+            "uplink::secret",
+            "uplink::tls",
+        ],
         pure: false,
     },
     Layer {
@@ -346,6 +355,7 @@ const IMPURE: &[&str] = &[
     "Instant::now",
     "clock::now",
     "clock::mono_ms",
+    "clock::wall_ms",
 ];
 
 /// Breaches that are known and wait for their repair: file and what is said of it. One that is gone must go

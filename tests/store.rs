@@ -743,3 +743,28 @@ fn rows_of_an_older_schema_belong_to_the_session_they_had() {
     assert!(states(&begun).contains(&(2000, RowState::Received)), "{:?}", begun.resume);
     assert_eq!(begun.rx_open, [(id(7), 5)]);
 }
+
+/// On 32-bit systems a C library may know no such date, and then tells nothing of the file at all.
+#[test]
+fn files_dated_after_2038_are_used_like_all_others() {
+    let date = std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(70 * 365 * 86_400);
+    let folder = tempfile::tempdir().unwrap();
+    let redate = || {
+        for name in ["outbox.db", "outbox.db-wal"] {
+            let file = std::fs::File::options().write(true).open(folder.path().join(name)).unwrap();
+            file.set_modified(date).unwrap();
+            assert_eq!(file.metadata().unwrap().modified().unwrap(), date, "the file system has such dates");
+        }
+    };
+    let mut store = open(folder.path());
+    accept(&mut store, texts("t", Qos::AtLeastOnce, 0..3));
+    redate();
+    accept(&mut store, texts("t", Qos::AtLeastOnce, 3..6));
+    redate();
+    store.close();
+    let mut store = open(folder.path());
+    redate();
+    accept(&mut store, texts("t", Qos::AtLeastOnce, 6..9));
+    begin(&mut store, "b");
+    assert_eq!(payloads(&take(&mut store, 2000, 20)), ["0", "1", "2", "3", "4", "5", "6", "7", "8"]);
+}

@@ -6,14 +6,17 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::time_provider::TimeProvider;
 use rustls::{AlertDescription, CertificateError, ClientConfig, Error, RootCertStore};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 use super::secret::{self, Unusable};
+use crate::clock;
 use crate::uplink::link::Metered;
 
 /// Encrypted bytes rustls may hold unsent. Small, for the same reason as the kernel's limit in `link`: what
@@ -102,6 +105,17 @@ pub struct Client {
     authorities: String,
 }
 
+/// The time by which certificates are judged: that of [`clock::wall_ms`], which every 32-bit system has past 2038.
+#[derive(Debug)]
+struct WallClock;
+
+impl TimeProvider for WallClock {
+    fn current_time(&self) -> Option<UnixTime> {
+        let since = Duration::from_millis(u64::try_from(clock::wall_ms()).ok()?);
+        Some(UnixTime::since_unix_epoch(since))
+    }
+}
+
 impl Client {
     /// Reads the files. `host` is the name expected in the certificate unless the settings say another.
     ///
@@ -116,7 +130,8 @@ impl Client {
             None => (system_roots()?, "this system's certificate authorities".to_owned()),
         };
         // Named, not the process-wide default: another crate could set that one.
-        let builder = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let builder = ClientConfig::builder_with_details(provider, Arc::new(WallClock))
             .with_safe_default_protocol_versions()
             .map_err(SetupError::Library)?
             .with_root_certificates(roots);
