@@ -16,7 +16,7 @@ use rustix::process::Signal;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Output, Stdio};
 use std::time::{Duration, Instant};
 use support::agent::{Agent, Config, binary, fieldpost, queued};
 use support::broker::{Broker, BrokerServer, Kind, Tally};
@@ -53,7 +53,7 @@ fn text(bytes: &[u8]) -> String {
 
 /// Runs `fieldpost` for this agent, with these lines as its input.
 fn with_input(agent: &Agent, arguments: &[&str], input: &str) -> Output {
-    let mut command = Command::new(binary());
+    let mut command = support::command(binary());
     command.args(arguments).arg("--socket").arg(agent.socket());
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();

@@ -3,9 +3,11 @@
 //! Every `tests/data/config/*.toml` is wrong in its own way, and the `.txt` beside it is the report it must get, to
 //! the letter. `FIELDPOST_BLESS=1` writes the reports anew; read the difference before you commit it.
 
+#[path = "support/emulator.rs"]
+mod emulator;
+
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 use fieldpost::config::{
@@ -368,8 +370,9 @@ fn a_file_that_cannot_be_read_says_why_and_what_to_try() {
 #[test]
 fn check_exits_with_78_on_a_bad_file_and_0_on_a_good_one() {
     let (_directory, path) = directory(SMALLEST, &[]);
-    let check =
-        || Command::new(env!("CARGO_BIN_EXE_fieldpost")).arg("check").arg(&path).output().expect("it runs");
+    let check = || {
+        emulator::command(env!("CARGO_BIN_EXE_fieldpost")).arg("check").arg(&path).output().expect("it runs")
+    };
     let good = check();
     assert_eq!(good.status.code(), Some(0));
     assert!(String::from_utf8_lossy(&good.stdout).contains("no problems"));

@@ -29,9 +29,11 @@ fn runs_inside(test: &str) -> bool {
         return false;
     }
     let root = rustix::process::geteuid().is_root();
+    let this = support::command(std::env::current_exe().unwrap());
     let status = Command::new("unshare")
         .args(if root { &["--net"][..] } else { &["--map-root-user", "--net"] })
-        .arg(std::env::current_exe().unwrap())
+        .arg(this.get_program())
+        .args(this.get_args())
         .args(["--exact", test, "--nocapture", "--test-threads=1"])
         .env(INSIDE, "1")
         .status()

@@ -44,7 +44,7 @@ pub fn binary() -> PathBuf {
 
 /// Runs `fieldpost` with these arguments to its end.
 pub fn fieldpost(arguments: &[&str]) -> Output {
-    Command::new(binary())
+    super::command(binary())
         .args(arguments)
         .env_remove("FIELDPOST_LOG")
         .stdin(Stdio::null())
@@ -209,12 +209,12 @@ impl Agent {
 
     fn bare_command(&self) -> Command {
         let Some(faults) = self.faults else {
-            let mut command = Command::new(binary());
+            let mut command = super::command(binary());
             command.arg("run").arg(self.config_file()).env_remove("FIELDPOST_LOG");
             return command;
         };
         let this = std::env::current_exe().expect("the system knows which program this is");
-        let mut command = Command::new(this);
+        let mut command = super::command(this);
         command.args(["--exact", "agent_with_faults", "--nocapture"]);
         command.env(CONFIG_VARIABLE, self.config_file());
         command.env(COMMIT_STALL_VARIABLE, faults.store.commit_stall.as_millis().to_string());

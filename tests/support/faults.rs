@@ -6,7 +6,6 @@ use super::agent::Agent;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 /// What can be turned, in the order of the shim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,11 +74,11 @@ fn library() -> PathBuf {
         panic!("only integration tests have a place for it");
     };
     let folder = Path::new(folder);
-    let library = folder.join(format!("shim-{:08x}.so", crc32c::crc32c(&code)));
+    let library = folder.join(format!("shim-{}-{:08x}.so", std::env::consts::ARCH, crc32c::crc32c(&code)));
     if !library.exists() {
         // Several tests may be at it.
         let own = folder.join(format!("shim-{}.so", std::process::id()));
-        let mut cc = Command::new("cc");
+        let mut cc = super::c_compiler();
         cc.args(["-shared", "-fPIC", "-O1", "-Wall", "-o"]).arg(&own).arg(&source).arg("-ldl");
         let output = cc.output().unwrap_or_else(|error| panic!("cc cannot be run ({error}): install gcc"));
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

@@ -9,6 +9,7 @@ pub mod aedes;
 pub mod agent;
 pub mod asker;
 pub mod broker;
+pub mod emulator;
 pub mod faults;
 pub mod mosquitto;
 pub mod plant;
@@ -16,6 +17,7 @@ pub mod power;
 pub mod producer;
 pub mod proxy;
 
+pub use emulator::{c_compiler, command, patient};
 use std::io;
 use std::net::{Ipv4Addr, TcpListener};
 use std::time::{Duration, Instant};
@@ -51,7 +53,7 @@ const LOOK: Duration = Duration::from_millis(5);
 
 /// Blocks until the condition holds; false if it does not within the time.
 pub fn wait_until(within: Duration, mut condition: impl FnMut() -> bool) -> bool {
-    let deadline = Instant::now() + within;
+    let deadline = Instant::now() + patient(within);
     loop {
         if condition() {
             return true;
@@ -65,7 +67,7 @@ pub fn wait_until(within: Duration, mut condition: impl FnMut() -> bool) -> bool
 
 /// Waits until the condition holds; false if it does not within the time.
 pub async fn wait_until_async(within: Duration, mut condition: impl AsyncFnMut() -> bool) -> bool {
-    let deadline = tokio::time::Instant::now() + within;
+    let deadline = tokio::time::Instant::now() + patient(within);
     loop {
         if condition().await {
             return true;

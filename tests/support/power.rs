@@ -6,13 +6,12 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 /// Builds the library into `dir`. Panics, with the compiler's words, if it cannot.
 pub fn library(dir: &Path) -> PathBuf {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support_power/power.c");
     let library = dir.join("power.so");
-    let mut compiler = Command::new("cc");
+    let mut compiler = super::c_compiler();
     compiler
         .args(["-O1", "-Wall", "-Wextra", "-shared", "-fPIC", "-o"])
         .arg(&library)
