@@ -16,13 +16,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
-use tracing_subscriber::filter::{LevelFilter, Targets};
-use tracing_subscriber::layer::SubscriberExt;
-use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::agent::AgentError;
 use crate::config::{self, Problems};
 use crate::control::client::ClientError;
+use crate::logging;
 use crate::message::TopicError;
 use crate::store::StoreError;
 
@@ -140,6 +138,11 @@ impl Failure {
                 complain(problems);
                 ExitCode::from(EXIT_CONFIGURATION)
             }
+            // What ends the agent belongs into its log, with its priority.
+            Failure::Agent(error) if tracing::enabled!(tracing::Level::ERROR) => {
+                tracing::error!("{error}");
+                ExitCode::FAILURE
+            }
             // Whoever reads our output has seen enough, as in `fieldpost status | head -1`.
             Failure::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
             failure => {
@@ -157,7 +160,6 @@ fn complain(what: impl std::fmt::Display) {
 
 /// Runs the program.
 pub fn main() -> ExitCode {
-    start_log();
     die_on_panic();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
@@ -166,6 +168,9 @@ pub fn main() -> ExitCode {
             return if error.use_stderr() { ExitCode::FAILURE } else { ExitCode::SUCCESS };
         }
     };
+    if !matches!(cli.command, Command::Run(_)) {
+        logging::start(&logging::Settings::default()); // the agent's are in its configuration
+    }
     let outcome = match cli.command {
         Command::Run(command) => command.run(),
         Command::Check(command) => command.run(),
@@ -181,28 +186,15 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Log lines go to standard error, where the service manager expects them; `FIELDPOST_LOG` chooses which: a level, or
-/// a level for each module, `info,fieldpost::uplink=debug`.
-fn start_log() {
-    let wanted = std::env::var("FIELDPOST_LOG").unwrap_or_default();
-    let parsed = if wanted.is_empty() { Ok(Targets::new()) } else { wanted.parse::<Targets>() };
-    let (filter, refused) =
-        parsed.map_or_else(|error| (Targets::new(), Some(error)), |targets| (targets, None));
-    let default = filter.default_level().unwrap_or(LevelFilter::INFO);
-    let log =
-        tracing_subscriber::fmt::layer().compact().with_writer(io::stderr).with_ansi(colours(&io::stderr()));
-    // Fails when a test or an example that runs the agent in itself has a log already.
-    let _ = tracing_subscriber::registry().with(log).with(filter.with_default(default)).try_init();
-    if let Some(error) = refused {
-        tracing::warn!(%error, "FIELDPOST_LOG={wanted} is not understood; write a level, or MODULE=LEVEL, with commas between");
-    }
-}
-
 /// A panic is a bug of ours, and tokio would end one task and carry on with the rest. The store makes it safe
 /// to end all of it (P1), and the service manager starts it again.
 fn die_on_panic() {
     std::panic::set_hook(Box::new(|panic| {
-        tracing::error!("{panic}; this is a bug in fieldpost, please report it");
+        let words = format!("{panic}; this is a bug in fieldpost, please report it");
+        match tracing::enabled!(tracing::Level::ERROR) {
+            true => tracing::error!("{words}"),
+            false => complain(words),
+        }
         std::process::abort();
     }));
 }

@@ -6,6 +6,7 @@
 mod broker;
 mod check;
 mod commands;
+mod log;
 mod modbus;
 mod place;
 mod points;
@@ -21,6 +22,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::logging;
 use crate::message::{Qos, Topic};
 use crate::policy::Reporting;
 use crate::source::modbus::register::Encoding;
@@ -52,6 +54,8 @@ pub struct Config {
     pub control: Control,
     /// `[commands]`
     pub commands: Commands,
+    /// `[log]`
+    pub log: logging::Settings,
     /// `[[modbus]]`
     pub modbus: Vec<ModbusLine>,
     /// Every point of every unit of every line, in the order of the file: [`crate::point::PointIndex`] counts here.

@@ -24,12 +24,13 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::oneshot::error::TryRecvError;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::task::JoinSet;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::codec::{FramedRead, LinesCodec, LinesCodecError};
 use tracing::{debug, warn};
 
 use crate::clock;
 use crate::message::Message;
+use crate::trouble::Trouble;
 
 use wire::{Answer, LINE_MAX_BYTES};
 
@@ -160,6 +161,7 @@ fn remove_stale(path: &Path) -> Result<(), BindError> {
 pub async fn serve(listener: Listener, requests: mpsc::Sender<Request>) {
     let bytes = Arc::new(Semaphore::new(BYTES_MAX));
     let mut connections = JoinSet::new();
+    let (mut deaf, started) = (Trouble::default(), Instant::now());
     loop {
         let accepted = tokio::select! {
             accepted = listener.inner.accept() => accepted,
@@ -173,7 +175,10 @@ pub async fn serve(listener: Listener, requests: mpsc::Sender<Request>) {
             Ok((stream, _)) => turn_away(&stream),
             Err(error) => {
                 // Out of file descriptors, most likely: accept would fail again at once.
-                warn!(%error, "cannot take a connection on the control socket");
+                let now_ms = started.elapsed().as_millis() as u64;
+                if let Some(more) = deaf.happened(&error.to_string(), now_ms) {
+                    warn!(%error, "cannot take a connection on the control socket{more}");
+                }
                 sleep(Duration::from_secs(1)).await;
             }
         }

@@ -12,7 +12,7 @@ use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
 use tokio::sync::{mpsc, watch};
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 use tracing::{info, warn};
 
 use crate::clock;
@@ -21,6 +21,7 @@ use crate::policy::command::{self, Judge};
 use crate::progress::{IDLE, Pulse};
 use crate::stats::Stats;
 use crate::store;
+use crate::trouble::Trouble;
 use desk::{Desk, Effect, Limits};
 
 /// Pause before a question to a database that failed is put again.
@@ -79,7 +80,8 @@ pub async fn run(
         .collect();
     let judge = Judge::new(settings.judge);
     let now_ms = clock::now().mono_ms;
-    let mut desk = Desk::new(&settings.gateway, judge, settings.limits, &patience_ms, stats, now_ms);
+    let mut desk =
+        Desk::new(&settings.gateway, judge, settings.limits, &patience_ms, Arc::clone(&stats), now_ms);
     if settings.break_order {
         desk.break_order();
     }
@@ -88,7 +90,9 @@ pub async fn run(
     let mut questions: FuturesUnordered<Question> = FuturesUnordered::new();
     let Some(()) = interrupted(&store, &mut desk, &mut stop, &pulse).await else { return };
     let (mut taking, mut stopping) = (false, false);
+    let mut refusals = Refusals::new(stats);
     loop {
+        refusals.look();
         for effect in desk.take_effects() {
             questions.extend(carry_out(effect, &store, &lines).await);
         }
@@ -141,6 +145,42 @@ pub async fn run(
     }
 }
 
+/// Commands that are not carried out, said as they repeat: whoever sends them can send many. Why, each one's answer
+/// says, and those that reach a line are that line's to tell.
+struct Refusals {
+    stats: Arc<Stats>,
+    started: Instant,
+    refused: u64,
+    refusal: Trouble,
+    expired: u64,
+    expiry: Trouble,
+}
+
+impl Refusals {
+    fn new(stats: Arc<Stats>) -> Self {
+        let (refused, expired) = (stats.commands_refused.get(), stats.commands_expired.get());
+        let (refusal, expiry) = (Trouble::default(), Trouble::default());
+        Refusals { stats, started: Instant::now(), refused, refusal, expired, expiry }
+    }
+
+    fn look(&mut self) {
+        let now_ms = self.started.elapsed().as_millis() as u64;
+        let (refused, expired) = (self.stats.commands_refused.get(), self.stats.commands_expired.get());
+        let (refused_now, expired_now) = (refused - self.refused, expired - self.expired);
+        (self.refused, self.expired) = (refused, expired);
+        if refused_now > 0
+            && let Some(more) = self.refusal.happened_times("", refused_now, now_ms)
+        {
+            warn!("{} refused; each one's answer says why", more.of("command"));
+        }
+        if expired_now > 0
+            && let Some(more) = self.expiry.happened_times("", expired_now, now_ms)
+        {
+            warn!("{} came too late and not carried out", more.of("command"));
+        }
+    }
+}
+
 /// What had begun when the agent ended. `None`: stopped before the store could tell.
 async fn interrupted(
     store: &store::Handle,
@@ -148,6 +188,7 @@ async fn interrupted(
     stop: &mut watch::Receiver<bool>,
     pulse: &Pulse,
 ) -> Option<()> {
+    let (mut waiting, started) = (Trouble::default(), Instant::now());
     loop {
         let begun = store.interrupted().await;
         pulse.beat(clock::mono_ms());
@@ -162,7 +203,12 @@ async fn interrupted(
                 desk.on_interrupted(begun, clock::now());
                 return Some(());
             }
-            Err(Some(error)) => warn!(%error, "commands wait for the database"),
+            Err(Some(error)) => {
+                let now_ms = started.elapsed().as_millis() as u64;
+                if let Some(more) = waiting.happened(&error.to_string(), now_ms) {
+                    warn!(%error, "commands wait for the database{more}");
+                }
+            }
             Err(None) => return None,
         }
         tokio::select! {

@@ -18,6 +18,7 @@ use crate::clock::correction::{self, Correction};
 use crate::clock::{self, Stamp};
 use crate::control::wire::{self, Answer};
 use crate::control::{Ask, Request};
+use crate::logging::left_out;
 use crate::message::{Lane, Message, Qos};
 use crate::policy::format::{
     self, BudgetHealth, CommandsHealth, Health, LaneHealth, LineHealth, LinkHealth, StoreHealth,
@@ -28,11 +29,14 @@ use crate::source::modbus::LineStatus;
 use crate::stats::Stats;
 use crate::store::{self, Damage, Gap, Look, NotAccepted, StoreError};
 use crate::summary::{self, summary};
+use crate::trouble::{Trouble, counted, span};
 use crate::uplink::connection::{LinkState, LinkStatus};
 use crate::uplink::presence::{Announcement, Presence};
 
 /// How often states and gaps are looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// Without a loss for so long, it is over: whole segments go at once, and at a low rate the next is full much later.
+const LOSSES_END: Duration = Duration::from_secs(600);
 /// Publish requests from the control socket that wait for their commit, at most.
 const PUBLISHING_MAX: usize = 4096;
 
@@ -92,7 +96,8 @@ impl Reporter {
     /// Runs until every asker has hung up or `stop` says so.
     pub async fn run(mut self, mut requests: mpsc::Receiver<Request>, mut stop: watch::Receiver<bool>) {
         let mut publishing: FuturesUnordered<Published> = FuturesUnordered::new();
-        let mut told = Told::default();
+        let mut told = Told::new();
+        let mut losses = Losses::new();
         let mut watch = correction::Watch::default();
         let mut corrections = Vec::new();
         let mut ticks = interval(LOOK_EVERY);
@@ -113,9 +118,14 @@ impl Reporter {
                     self.stats.clock_corrections_dropped.add(beyond as u64);
                     corrections.truncate(CORRECTIONS_MAX);
                     self.tell_corrections(&mut corrections).await;
+                    self.stats.log_lines_left_out.raise_to(left_out());
                     let look = self.store.look().await;
                     self.summarise(look.as_ref());
-                    self.speak(&mut told, look.as_ref().and_then(|look| look.as_ref().ok())).await;
+                    let look = look.and_then(Result::ok);
+                    if let Some(look) = &look {
+                        losses.look(look);
+                    }
+                    self.speak(&mut told, look.as_ref()).await;
                     self.pulse.beat(clock::mono_ms());
                 }
                 Wake::Stop => break,
@@ -184,8 +194,7 @@ impl Reporter {
         if !connected || told.connects != connects {
             // A new connection is told everything anew: retained states may have been lost with the session, and it
             // may be to another broker.
-            *told =
-                Told { gap_error: told.gap_error, damage: told.damage.take(), connects, ..Told::default() };
+            (told.units, told.health, told.connects) = (BTreeMap::new(), None, connects);
         }
         if !connected {
             return;
@@ -217,7 +226,12 @@ impl Reporter {
                 let fault = (!unit.ok).then(|| unit.last_error.as_deref().unwrap_or("it failed"));
                 match self.presence.unit(&line.name, &unit.name, fault, clock::now()) {
                     Ok(announcement) => self.announce(announcement),
-                    Err(error) => warn!(%error, unit = unit.name, "the unit's state has no topic"),
+                    Err(error) => {
+                        let (line, unit) = (&*line.name, &*unit.name);
+                        if told.topics.happened(&format!("{line}/{unit}"), told.now_ms()).is_some() {
+                            warn!(%error, line, unit, "its state has no topic, so nobody is told of it");
+                        }
+                    }
                 }
                 told.units.insert(key, unit.ok);
             }
@@ -292,15 +306,16 @@ impl Reporter {
         match outcome {
             Ok(_) => {
                 let messages: u64 = gaps.iter().map(|gap| gap.count).sum();
-                info!(messages, "told the broker's side which messages were dropped");
-                told.gap_error = false;
+                debug!(messages, "a gap record says which messages were dropped");
+                told.gap_error.ended(told.now_ms());
             }
             Err(NotAccepted::Stopping) => {}
-            Err(error) if !told.gap_error => {
-                warn!(%error, "gap records could not be stored; they are tried again");
-                told.gap_error = true;
+            Err(error) => {
+                let now_ms = told.now_ms();
+                if let Some(more) = told.gap_error.happened(&error.to_string(), now_ms) {
+                    warn!(%error, "gap records could not be stored; they are tried again{more}");
+                }
             }
-            Err(_) => {}
         }
     }
 
@@ -442,16 +457,90 @@ impl Reporter {
     }
 }
 
-/// What this connection has been told.
-#[derive(Debug, Default)]
+/// What was told.
+#[derive(Debug)]
 struct Told {
+    /// To this connection.
     units: BTreeMap<(String, String), bool>,
     health: Option<Instant>,
-    gap_error: bool,
+    gap_error: Trouble,
+    /// States of units that have no topic.
+    topics: Trouble,
+    started: Instant,
     /// Connections there had been.
     connects: u64,
     /// Told once, through the store: it needs no repetition.
     damage: Option<Damage>,
+}
+
+impl Told {
+    fn new() -> Self {
+        Told {
+            units: BTreeMap::new(),
+            health: None,
+            gap_error: Trouble::default(),
+            topics: Trouble::default(),
+            started: Instant::now(),
+            connects: 0,
+            damage: None,
+        }
+    }
+
+    fn now_ms(&self) -> u64 {
+        self.started.elapsed().as_millis() as u64
+    }
+}
+
+/// What the log says of messages that a limit has taken, by lane and reason, connected or not.
+struct Losses {
+    started: Instant,
+    /// `None` before the first look: what was dropped before this start is no news.
+    known: Option<BTreeMap<(Lane, String), Loss>>,
+}
+
+#[derive(Default)]
+struct Loss {
+    count: u64,
+    grew_ms: u64,
+    trouble: Trouble,
+}
+
+impl Losses {
+    fn new() -> Self {
+        Losses { started: Instant::now(), known: None }
+    }
+
+    fn look(&mut self, look: &Look) {
+        let now_ms = self.started.elapsed().as_millis() as u64;
+        let is_first = self.known.is_none();
+        let known = self.known.get_or_insert_default();
+        for (lane, reason, count) in &look.dropped {
+            let loss = known.entry((*lane, reason.clone())).or_default();
+            let more = count.saturating_sub(std::mem::replace(&mut loss.count, *count));
+            if is_first || more == 0 {
+                continue;
+            }
+            loss.grew_ms = now_ms;
+            let lane = lane.name();
+            match loss.trouble.happened_times("", more, now_ms) {
+                Some(more) => {
+                    let messages = more.of("message");
+                    warn!(lane, reason, "{messages} dropped, and a gap record says so upstream");
+                }
+                None => debug!(lane, reason, "{} dropped", counted(more, "message")),
+            }
+        }
+        let quiet_ms = LOSSES_END.as_millis() as u64;
+        for ((lane, reason), loss) in known.iter_mut().filter(|(_, loss)| loss.grew_ms + quiet_ms <= now_ms) {
+            if let Some(ended) = loss.trouble.ended(now_ms) {
+                let (messages, within) = (counted(ended.times, "message"), span(ended.lasted_ms));
+                info!(
+                    lane = lane.name(),
+                    reason, "no more messages are dropped; it was {messages} in {within}"
+                );
+            }
+        }
+    }
 }
 
 async fn browse(store: &store::Handle, ask: &wire::QueueAsk) -> Answer {

@@ -11,7 +11,7 @@
 //! transaction commits and ends when its last acknowledgement commits.
 //!
 //! The import law (its text is the tables in `tests/layers.rs`, which hold it):
-//! - vocabulary ([`point`], [`message`], [`command`], [`turn`], [`stats`], [`clock::Stamp`]) imports vocabulary only;
+//! - vocabulary ([`point`], [`message`], [`command`], [`turn`], [`stats`], [`trouble`], [`clock::Stamp`]) imports vocabulary only;
 //! - pure logic (schedule, plan, register, policy, session, backoff, presence) imports vocabulary and what its row
 //!   in the table names, and knows no runtime, no clock, no socket and no file;
 //! - each I/O crate is named in one place: rumqttc in `uplink/link*`, rusqlite in `store*`, tokio-modbus in
@@ -26,6 +26,7 @@ pub mod config;
 pub mod control;
 pub mod dispatch;
 pub mod health;
+pub mod logging;
 pub mod message;
 pub mod pipeline;
 pub mod point;
@@ -37,5 +38,6 @@ pub mod source;
 pub mod stats;
 pub mod store;
 pub mod summary;
+pub mod trouble;
 pub mod turn;
 pub mod uplink;

@@ -8,16 +8,17 @@ use std::sync::Arc;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use tokio::sync::mpsc;
-use tokio::time::sleep;
-use tracing::{info, warn};
+use tokio::time::{Instant, sleep};
+use tracing::{debug, info, warn};
 
 use crate::clock;
-use crate::message::{Message, Qos};
+use crate::message::{Lane, Message, Qos};
 use crate::point::{PointIndex, Reading};
 use crate::policy::{Policy, Report};
 use crate::progress::{IDLE, Pulse};
 use crate::stats::Stats;
 use crate::store;
+use crate::trouble::{Trouble, counted, span};
 
 /// Messages handed to the store and not yet committed. A lane may wait up to 60 s for its commit, so this is
 /// counted in messages, about 1 MiB of them, and not in appends.
@@ -38,11 +39,12 @@ pub async fn run(
     stats: Arc<Stats>,
     pulse: Pulse,
 ) {
-    let mut desk = Desk { policy, qos0, stats, outstanding: 0, refused: 0 };
+    let mut desk = Desk { policy, qos0, stats, outstanding: 0, refusals: Default::default() };
+    let started = Instant::now();
     let mut appends = FuturesUnordered::new();
     loop {
         let event = tokio::select! {
-            Some((points, outcome)) = appends.next() => Event::Settled(points, outcome),
+            Some((lane, points, outcome)) = appends.next() => Event::Settled(lane, points, outcome),
             reading = readings.recv() => match reading {
                 Some(reading) => Event::Read(reading),
                 None => break,
@@ -53,31 +55,38 @@ pub async fn run(
         if desk.outstanding == 0 || matches!(event, Event::Settled(..)) {
             pulse.beat(clock::mono_ms());
         }
-        if let Some(Batch { messages, points }) = desk.handle(event) {
+        if let Some(Batch { messages, points }) = desk.handle(event, ms_since(started)) {
+            let lane = messages.first().map_or(Lane::Normal, |message| message.lane);
             // In the order of the readings (P4); only their commits are awaited together.
             let handed_in = store.hand_in(messages).await;
-            appends.push(settled(handed_in, points));
+            appends.push(settled(lane, handed_in, points));
         }
     }
-    while let Some((points, outcome)) = appends.next().await {
-        desk.settle(&points, outcome);
+    while let Some((lane, points, outcome)) = appends.next().await {
+        desk.settle(lane, &points, outcome, ms_since(started));
     }
 }
 
+fn ms_since(started: Instant) -> u64 {
+    u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX)
+}
+
 async fn settled(
+    lane: Lane,
     handed_in: Result<store::HandedIn, store::NotAccepted>,
     points: Vec<Vec<PointIndex>>,
-) -> (Vec<Vec<PointIndex>>, Result<(), String>) {
+) -> (Lane, Vec<Vec<PointIndex>>, Result<(), String>) {
     let outcome = async { handed_in?.settled().await }.await;
-    (points, outcome.map(drop).map_err(|error| error.to_string()))
+    (lane, points, outcome.map(drop).map_err(|error| error.to_string()))
 }
 
 /// Everything that happens here.
 enum Event {
     /// A unit was read.
     Read(Reading),
-    /// The store has spoken about a batch: the points of each of its messages, and why it was refused, if so.
-    Settled(Vec<Vec<PointIndex>>, Result<(), String>),
+    /// The store has spoken about a batch: its first message's lane, the points of each of its messages, and why it was
+    /// refused, if so.
+    Settled(Lane, Vec<Vec<PointIndex>>, Result<(), String>),
     /// Nothing, for a while.
     Idle,
 }
@@ -95,23 +104,24 @@ struct Desk {
     stats: Arc<Stats>,
     /// Messages the store has not settled yet.
     outstanding: usize,
-    /// Messages refused since the store last accepted one.
-    refused: u64,
+    /// The store accepts no messages of a lane, which may be full when others are not; in the order of [`Lane::ALL`].
+    refusals: [Trouble; 3],
 }
 
 impl Desk {
-    fn handle(&mut self, event: Event) -> Option<Batch> {
+    /// Times are in ms of a monotonic clock.
+    fn handle(&mut self, event: Event, now_ms: u64) -> Option<Batch> {
         match event {
-            Event::Read(reading) => self.read(&reading),
-            Event::Settled(points, outcome) => {
-                self.settle(&points, outcome);
+            Event::Read(reading) => self.read(&reading, now_ms),
+            Event::Settled(lane, points, outcome) => {
+                self.settle(lane, &points, outcome, now_ms);
                 None
             }
             Event::Idle => None,
         }
     }
 
-    fn read(&mut self, reading: &Reading) -> Option<Batch> {
+    fn read(&mut self, reading: &Reading, now_ms: u64) -> Option<Batch> {
         let within_before = self.policy.within_deadband;
         let reports = self.policy.on_reading(reading);
         self.stats.samples_within_deadband.add(self.policy.within_deadband - within_before);
@@ -120,7 +130,7 @@ impl Desk {
             if message.qos == Qos::AtMostOnce {
                 self.send_unstored(message, &points);
             } else if self.outstanding == OUTSTANDING_MAX {
-                self.refuse(1, &[points], TOO_SLOW);
+                self.refuse(message.lane, 1, &[points], TOO_SLOW, now_ms);
             } else {
                 self.outstanding += 1;
                 batch.messages.push(message);
@@ -137,23 +147,28 @@ impl Desk {
         }
     }
 
-    fn settle(&mut self, points: &[Vec<PointIndex>], outcome: Result<(), String>) {
+    fn settle(&mut self, lane: Lane, points: &[Vec<PointIndex>], outcome: Result<(), String>, now_ms: u64) {
         self.outstanding -= points.len();
         match outcome {
-            Ok(()) if self.refused > 0 => {
-                info!(refused = self.refused, "the store accepts messages again");
-                self.refused = 0;
+            Ok(()) => {
+                if let Some(ended) = self.refusals[lane as usize].ended(now_ms) {
+                    let (after, lost) = (span(ended.lasted_ms), counted(ended.times, "message"));
+                    let lane = lane.name();
+                    info!(lane, "the database accepts messages again after {after}; it has refused {lost}");
+                }
             }
-            Ok(()) => {}
-            Err(reason) => self.refuse(points.len() as u64, points, &reason),
+            Err(reason) => self.refuse(lane, points.len() as u64, points, &reason, now_ms),
         }
     }
 
-    fn refuse(&mut self, count: u64, points: &[Vec<PointIndex>], reason: &str) {
-        if self.refused == 0 {
-            warn!(reason, "values are not accepted by the store and will be missing upstream");
+    fn refuse(&mut self, lane: Lane, count: u64, points: &[Vec<PointIndex>], reason: &str, now_ms: u64) {
+        let what = "messages with values are not accepted by the database and will be missing upstream";
+        let refusal = &mut self.refusals[lane as usize];
+        let lane = lane.name();
+        match refusal.happened_times(reason, count, now_ms) {
+            Some(more) => warn!(lane, reason, "{what}{more}"),
+            None => debug!(lane, reason, "{what}"),
         }
-        self.refused += count;
         self.stats.messages_not_accepted.add(count);
         for points in points {
             self.policy.forget(points);
@@ -167,7 +182,7 @@ mod tests {
 
     use super::*;
     use crate::clock::Stamp;
-    use crate::message::{Lane, Topic};
+    use crate::message::Topic;
     use crate::point::{PointId, Sample, Value};
     use crate::policy::Reporting;
     use crate::policy::deadband::Deadband;
@@ -190,7 +205,7 @@ mod tests {
     fn desk(points: usize, qos: Qos) -> (Desk, mpsc::Receiver<Message>) {
         let policy = Policy::new("g", "boot", (0..points).map(|point| reporting(point, qos)).collect());
         let (qos0, uplink) = mpsc::channel(1);
-        (Desk { policy, qos0, stats: Arc::default(), outstanding: 0, refused: 0 }, uplink)
+        (Desk { policy, qos0, stats: Arc::default(), outstanding: 0, refusals: Default::default() }, uplink)
     }
 
     fn reading(points: usize, mono_ms: u64) -> Event {
@@ -205,46 +220,46 @@ mod tests {
     #[test]
     fn values_go_to_the_store_and_those_within_the_dead_band_are_counted() {
         let (mut desk, _uplink) = desk(2, Qos::AtLeastOnce);
-        let batch = desk.handle(reading(2, 0)).expect("something new");
+        let batch = desk.handle(reading(2, 0), 0).expect("something new");
         assert_eq!(batch.messages.len(), 2);
         assert_eq!(batch.points, [vec![PointIndex(0)], vec![PointIndex(1)]]);
-        assert_eq!(desk.handle(reading(2, 1000)), None);
+        assert_eq!(desk.handle(reading(2, 1000), 0), None);
         assert_eq!(desk.stats.samples_within_deadband.get(), 2);
-        assert_eq!(desk.handle(Event::Settled(batch.points, Ok(()))), None);
+        assert_eq!(desk.handle(Event::Settled(Lane::Normal, batch.points, Ok(())), 0), None);
         assert_eq!((desk.outstanding, desk.stats.messages_not_accepted.get()), (0, 0));
     }
 
     #[test]
     fn what_the_store_refuses_is_counted_and_reported_at_the_next_sample() {
         let (mut desk, _uplink) = desk(2, Qos::AtLeastOnce);
-        let batch = desk.handle(reading(2, 0)).expect("something new");
-        desk.handle(Event::Settled(batch.points, Err("full".into())));
+        let batch = desk.handle(reading(2, 0), 0).expect("something new");
+        desk.handle(Event::Settled(Lane::Normal, batch.points, Err("full".into())), 0);
         assert_eq!(desk.stats.messages_not_accepted.get(), 2);
-        let batch = desk.handle(reading(2, 1000)).expect("the same again");
+        let batch = desk.handle(reading(2, 1000), 0).expect("the same again");
         assert_eq!(batch.messages.len(), 2);
-        desk.handle(Event::Settled(batch.points, Ok(())));
-        assert_eq!((desk.outstanding, desk.refused), (0, 0));
+        desk.handle(Event::Settled(Lane::Normal, batch.points, Ok(())), 0);
+        assert_eq!((desk.outstanding, desk.refusals[1].is_on()), (0, false));
     }
 
     #[test]
     fn a_store_that_never_answers_costs_bounded_memory_and_what_is_lost_is_counted() {
         let (mut desk, _uplink) = desk(OUTSTANDING_MAX + 10, Qos::ExactlyOnce);
-        let batch = desk.handle(reading(OUTSTANDING_MAX + 10, 0)).expect("something new");
+        let batch = desk.handle(reading(OUTSTANDING_MAX + 10, 0), 0).expect("something new");
         assert_eq!(batch.messages.len(), OUTSTANDING_MAX);
-        assert_eq!(desk.handle(reading(OUTSTANDING_MAX + 10, 1000)), None);
+        assert_eq!(desk.handle(reading(OUTSTANDING_MAX + 10, 1000), 0), None);
         assert_eq!(desk.stats.messages_not_accepted.get(), 20, "ten points, twice");
-        desk.handle(Event::Settled(batch.points, Ok(())));
-        let batch = desk.handle(reading(OUTSTANDING_MAX + 10, 2000)).expect("the ten");
+        desk.handle(Event::Settled(Lane::Normal, batch.points, Ok(())), 0);
+        let batch = desk.handle(reading(OUTSTANDING_MAX + 10, 2000), 0).expect("the ten");
         assert_eq!(batch.messages.len(), 10);
     }
 
     #[test]
     fn qos_0_bypasses_the_store_and_is_dropped_when_the_uplink_is_full() {
         let (mut desk, mut uplink) = desk(2, Qos::AtMostOnce);
-        assert_eq!(desk.handle(reading(2, 0)), None);
+        assert_eq!(desk.handle(reading(2, 0), 0), None);
         assert_eq!(uplink.try_recv().expect("one fits").topic.as_str(), "t/0");
         assert_eq!(desk.stats.qos0_dropped.get(), 1);
-        assert_eq!(desk.handle(reading(2, 1000)), None);
+        assert_eq!(desk.handle(reading(2, 1000), 0), None);
         assert_eq!(uplink.try_recv().expect("the other one, anew").topic.as_str(), "t/1");
     }
 }

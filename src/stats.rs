@@ -19,6 +19,11 @@ impl Counter {
         self.0.fetch_add(n, Ordering::Relaxed);
     }
 
+    /// Takes over a count that is kept elsewhere.
+    pub fn raise_to(&self, n: u64) {
+        self.0.fetch_max(n, Ordering::Relaxed);
+    }
+
     /// The count so far.
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
@@ -137,4 +142,6 @@ counters! {
     clock_corrections_dropped,
     /// Sessions the broker turned out to have lost.
     sessions_lost,
+    /// Log lines left out, because one place in the program had too many.
+    log_lines_left_out,
 }

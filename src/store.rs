@@ -11,6 +11,7 @@ pub mod browse;
 mod budget;
 mod database;
 mod inbox;
+mod log;
 mod outbox;
 mod pace;
 mod salvage;
@@ -31,6 +32,7 @@ use crate::message::{Lane, Message, PacketId, Seq};
 use crate::progress::Pulse;
 use crate::turn::{Begin, Change, Offer, OnSessionLoss, Taken};
 use database::{Database, sqlite_error};
+use log::Log;
 
 pub use budget::{BudgetLook, Period as BudgetPeriod, Settings as BudgetSettings};
 pub use inbox::KNOWN_MAX;
@@ -368,6 +370,7 @@ pub struct Store {
     disk_full: Option<u64>,
     /// Where the check behind the start goes on; `None` when it is done.
     check_from: Option<i64>,
+    log: Log,
 }
 
 impl Store {
@@ -377,9 +380,10 @@ impl Store {
     /// # Errors
     /// [`StoreError`]; the file is not touched when it is newer or in use.
     pub fn open(settings: Settings) -> Result<Self, StoreError> {
+        let mut log = Log::default();
         let opened = match open_or_start_over(&settings) {
             Err(StoreError::DiskFull { .. }) => {
-                give_up_reserve(&settings.path);
+                give_up_reserve(&settings.path, &mut log);
                 open_or_start_over(&settings)
             }
             opened => opened,
@@ -396,8 +400,9 @@ impl Store {
             newest_command,
             disk_full: None,
             check_from: Some(0),
+            log,
         };
-        if !keep_reserve(&store.settings.path) {
+        if !store.keep_reserve() {
             store.disk_is_full();
         }
         Ok(store)
@@ -423,6 +428,7 @@ impl Store {
             newest_command: 0,
             disk_full: None,
             check_from: None,
+            log: Log::default(),
         })
     }
 
@@ -481,10 +487,24 @@ impl Store {
             return;
         }
         self.disk_full = Some(now.mono_ms);
-        if keep_reserve(&self.settings.path) {
+        if self.keep_reserve() {
             self.disk_full = None;
             self.trouble = None;
-            tracing::info!("there is space on the disk again: messages are accepted");
+            self.log.has_space();
+        }
+    }
+
+    /// Keeps the reserve file filled. `false`: there is no space for it. Where the file system cannot keep space for a
+    /// file, the agent runs without, so that is only logged.
+    fn keep_reserve(&mut self) -> bool {
+        let reserve = reserve_path(&self.settings.path);
+        match fill(&reserve) {
+            Ok(()) => true,
+            Err(error) if error.kind() == io::ErrorKind::StorageFull => false,
+            Err(error) => {
+                self.log.reserve("no reserve for a full disk could be kept", &reserve, &error);
+                true
+            }
         }
     }
 
@@ -612,7 +632,7 @@ impl Store {
         work: impl FnOnce(&mut Database) -> Result<T, rusqlite::Error>,
     ) -> Result<T, StoreError> {
         if self.database.is_none() {
-            self.open_again()?;
+            self.open_again().inspect_err(|error| self.log.failed(error))?;
         }
         let Some(database) = &mut self.database else { return Err(self.gone()) };
         match database.transaction(work) {
@@ -620,7 +640,7 @@ impl Store {
                 self.boot = database.boot().clone();
                 self.newest_command = database.newest_command();
                 if self.disk_full.is_none() && self.trouble.take().is_some() {
-                    tracing::info!("the database takes messages again");
+                    self.log.works();
                 }
                 Ok(done)
             }
@@ -636,15 +656,18 @@ impl Store {
         let error = sqlite_error(&self.settings.path, source);
         self.trouble = Some(error.to_string());
         if matches!(error, StoreError::DiskFull { .. }) {
-            give_up_reserve(&self.settings.path);
+            give_up_reserve(&self.settings.path, &mut self.log);
             self.disk_is_full();
+        } else if !matches!(error, StoreError::Damaged { .. }) {
+            self.log.failed(&error); // damage is said by what repairs it
         }
         let in_place = !io_failed && !matches!(error, StoreError::Damaged { .. });
         let reloaded = in_place && self.database.as_mut().is_some_and(|database| database.reload().is_ok());
         if let (true, StoreError::DiskFull { .. }, Some(database)) = (reloaded, &error, &self.database) {
             // While there is space: what the database grows by, before somebody else takes it.
             if let Err(error) = database.keep_log_space() {
-                tracing::warn!(%error, "the log could not be moved into the database on the full disk");
+                let what = "the database's log could not be moved into it on the full disk";
+                self.log.reserve(what, &self.settings.path, &error);
             }
         }
         if !reloaded {
@@ -655,7 +678,7 @@ impl Store {
                 _ => self.open_again(),
             };
             if let Err(error) = outcome {
-                tracing::error!(%error, "the database could not be opened again; the next commit tries again");
+                self.log.failed(&error);
             }
         }
         error
@@ -663,7 +686,7 @@ impl Store {
 
     fn disk_is_full(&mut self) {
         if self.disk_full.is_none() {
-            tracing::error!("the disk is full: nothing is accepted, what is queued is sent");
+            self.log.full();
         }
         self.disk_full = Some(clock::now().mono_ms);
         self.trouble = Some(StoreError::DiskFull { path: self.settings.path.clone() }.to_string());
@@ -758,40 +781,28 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     path.with_file_name(name)
 }
 
-/// Keeps the reserve file filled. `false`: there is no space for it. Where the file system cannot keep space for a
-/// file, the agent runs without, so that is only logged.
-fn keep_reserve(path: &Path) -> bool {
-    let reserve = reserve_path(path);
-    let fill = || -> io::Result<()> {
-        let file =
-            fs::OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&reserve)?;
-        if file.metadata()?.len() < RESERVE_BYTES {
-            let whole = rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, RESERVE_BYTES);
-            // What it got of it is better used by the queue.
-            whole.inspect_err(|_| drop(file.set_len(0)))?;
-        }
-        Ok(())
-    };
-    match fill() {
-        Ok(()) => true,
-        Err(error) if error.kind() == io::ErrorKind::StorageFull => false,
-        Err(error) => {
-            tracing::warn!(%error, file = %reserve.display(), "no reserve for a full disk could be kept");
-            true
-        }
+fn fill(reserve: &Path) -> io::Result<()> {
+    let mut options = fs::OpenOptions::new();
+    let file = options.create(true).truncate(false).write(true).mode(0o600).open(reserve)?;
+    if file.metadata()?.len() < RESERVE_BYTES {
+        let whole = rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, RESERVE_BYTES);
+        // What it got of it is better used by the queue.
+        whole.inspect_err(|_| drop(file.set_len(0)))?;
     }
+    Ok(())
 }
 
 /// Its name stays: it says that there was a database here.
-fn give_up_reserve(path: &Path) {
+fn give_up_reserve(path: &Path, log: &mut Log) {
     let reserve = reserve_path(path);
     if fs::metadata(&reserve).is_ok_and(|file| file.len() == 0) {
         return;
     }
-    match fs::OpenOptions::new().write(true).open(reserve).and_then(|file| file.set_len(0)) {
-        Ok(()) => tracing::warn!("the disk is full: the reserve was given up so that the queue can drain"),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => tracing::warn!(%error, "the reserve could not be given up"),
+    match fs::OpenOptions::new().write(true).open(&reserve).and_then(|file| file.set_len(0)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            log.reserve("the reserve could not be given up on the full disk", &reserve, &error);
+        }
+        _ => {}
     }
 }
 

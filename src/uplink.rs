@@ -5,6 +5,7 @@ pub mod choice;
 pub mod connection;
 pub mod examination;
 pub mod link;
+mod log;
 pub mod packet;
 pub mod presence;
 mod secret;

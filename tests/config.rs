@@ -13,6 +13,7 @@ use std::time::Duration;
 use fieldpost::config::{
     self, Config, LaneLimits, OnSessionLoss, Parity, Problems, Replay, Transport, WhenFull,
 };
+use fieldpost::logging;
 use fieldpost::message::{Lane, Qos};
 use fieldpost::policy::deadband::Deadband;
 use fieldpost::source::modbus::Space;
@@ -120,6 +121,7 @@ fn the_defaults_are_those_of_the_reference_file() {
     assert_eq!(config.store.commit_interval, [Duration::ZERO, Duration::from_millis(50), second]);
     assert_eq!(config.store.path, Path::new("/var/lib/fieldpost/outbox.db"));
     assert_eq!(config.control.socket, Path::new("/var/lib/fieldpost/control.sock"));
+    assert_eq!(config.log, logging::Settings::default());
     assert!(config.modbus.is_empty() && config.points.is_empty());
 }
 

@@ -52,7 +52,8 @@ struct Bench {
 
 impl Bench {
     fn config(broker: &BrokerServer, version: Version) -> Config {
-        let config = Config::new(&broker.url()).protocol(name(version));
+        // Debug lines, because what repeats is said once only.
+        let config = Config::new(&broker.url()).protocol(name(version)).with("log", "level = \"debug\"");
         ["connect_timeout = \"1s\"", "ack_timeout = \"1s\"", "keep_alive = \"5s\""]
             .into_iter()
             .fold(config, |config, line| config.with("broker", line))

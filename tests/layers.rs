@@ -24,13 +24,20 @@ struct Layer {
 const LAYERS: &[Layer] = &[
     Layer {
         name: "vocabulary",
-        files: &["point", "message", "command", "turn", "stats", "progress"],
+        files: &["point", "message", "command", "turn", "stats", "progress", "trouble"],
         // A stamp is plain data; only `clock::now` reads the clocks.
         may: &["clock::Stamp", "message", "point", "turn"],
         pure: true,
     },
     Layer { name: "clock", files: &["clock"], may: &["clock"], pure: false },
     Layer { name: "clock's correction", files: &["clock/correction"], may: &["clock::Stamp"], pure: true },
+    Layer {
+        name: "how lines read",
+        files: &["logging/*"],
+        may: &["logging", "policy::format::rfc3339"],
+        pure: true,
+    },
+    Layer { name: "edge: the log", files: &["logging"], may: &["clock", "logging"], pure: false },
     // ---- pure logic
     Layer { name: "schedule", files: &["source/schedule"], may: &[], pure: true },
     Layer {
@@ -82,13 +89,13 @@ const LAYERS: &[Layer] = &[
     Layer {
         name: "edge: sources",
         files: &["source", "source/modbus", "source/modbus/*"],
-        may: &["clock", "command", "point", "progress", "stats", "source"],
+        may: &["clock", "command", "point", "progress", "stats", "source", "trouble"],
         pure: false,
     },
     Layer {
         name: "edge: store",
         files: &["store", "store/*"],
-        may: &["clock", "command", "message", "progress", "stats", "turn", "store"],
+        may: &["clock", "command", "message", "progress", "stats", "turn", "store", "trouble"],
         pure: false,
     },
     Layer {
@@ -115,15 +122,24 @@ const LAYERS: &[Layer] = &[
     },
     Layer {
         name: "edge: uplink",
-        files: &["uplink/connection"],
+        files: &["uplink/connection", "uplink/log"],
         // The store is the hub: the uplink holds its handle. The speaker goes into presence.
-        may: &["clock", "message", "progress", "stats", "store", "uplink", "policy::format::Speaker"],
+        may: &[
+            "clock",
+            "message",
+            "progress",
+            "stats",
+            "store",
+            "uplink",
+            "policy::format::Speaker",
+            "trouble",
+        ],
         pure: false,
     },
     Layer {
         name: "edge: control socket",
         files: &["control", "control/*"],
-        may: &["clock", "message", "control"],
+        may: &["clock", "message", "trouble", "control"],
         pure: false,
     },
     Layer { name: "edge: service manager", files: &["service"], may: &["clock", "progress"], pure: false },
@@ -131,7 +147,7 @@ const LAYERS: &[Layer] = &[
     Layer {
         name: "glue: the way up",
         files: &["pipeline"],
-        may: &["clock", "message", "point", "policy", "progress", "stats", "store"],
+        may: &["clock", "message", "point", "policy", "progress", "stats", "store", "trouble"],
         pure: false,
     },
     Layer {
@@ -143,7 +159,7 @@ const LAYERS: &[Layer] = &[
     Layer {
         name: "glue: the way down",
         files: &["dispatch"],
-        may: &["clock", "command", "policy::command", "progress", "stats", "store", "dispatch"],
+        may: &["clock", "command", "policy::command", "progress", "stats", "store", "dispatch", "trouble"],
         pure: false,
     },
     Layer {
@@ -170,6 +186,7 @@ const LAYERS: &[Layer] = &[
         may: &[
             "clock",
             "control",
+            "logging::left_out",
             "message",
             "policy::format",
             "progress",
@@ -178,6 +195,7 @@ const LAYERS: &[Layer] = &[
             "stats",
             "store",
             "summary",
+            "trouble",
             "uplink::connection::LinkState",
             "uplink::connection::LinkStatus",
             "uplink::presence",
@@ -191,6 +209,7 @@ const LAYERS: &[Layer] = &[
         // know no configuration, and nothing is written down twice.
         may: &[
             "config",
+            "logging",
             "message",
             "point",
             "policy::Reporting",
@@ -247,10 +266,12 @@ const LAYERS: &[Layer] = &[
             "cli",
             "config",
             "control",
+            "logging",
             "message::TopicError",
             "point",
             "policy::format::rfc3339",
             "store::StoreError",
+            "trouble",
         ],
         pure: false,
     },
@@ -272,6 +293,8 @@ const PLACES: &[(&str, &[&str])] = &[
     // Whether the clock is synchronised: one question to the kernel that no other crate asks.
     ("libc", &["clock"]),
     ("libsqlite3_sys", &["store*"]),
+    // The bridge from it to our log.
+    ("log_crate", &["logging"]),
     ("lz4_flex", &["store/segment"]),
     ("rumqttc", &["uplink/link*"]),
     ("rusqlite", &["store*"]),
@@ -285,6 +308,7 @@ const PLACES: &[(&str, &[&str])] = &[
             "config*",
             "control",
             "health",
+            "logging",
             "service",
             "source/modbus/silence",
             "store*",
@@ -295,7 +319,10 @@ const PLACES: &[(&str, &[&str])] = &[
     // Inner types are not `Serialize`: what is written for others to read is a contract, and has its file.
     // A command is read member by member, so that one that stands there twice is noticed.
     ("serde", &["control/wire", "policy/command"]),
-    ("serde_json", &["cli/broker", "cli/queue", "cli/status", "control*", "policy/command", "policy/format"]),
+    (
+        "serde_json",
+        &["cli/broker", "cli/queue", "cli/status", "control*", "logging*", "policy/command", "policy/format"],
+    ),
     ("socket2", &["control", "uplink/link/open"]),
     ("strsim", &["config*"]),
     ("tokio", &["*"]),
@@ -305,7 +332,6 @@ const PLACES: &[(&str, &[&str])] = &[
     ("tokio_util", &["control", "uplink/link*"]),
     ("toml", &["config*"]),
     ("tracing", &["*"]),
-    ("tracing_subscriber", &["cli*"]),
 ];
 
 /// Crates that are data types or macros, which pure files may use too.

@@ -19,6 +19,8 @@ use support::mosquitto::{Mosquitto, Options, Subscriber, Tls};
 
 /// How long anything may take before it counts as never.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// All that we and the libraries have to say.
+const EVERYTHING: &str = "trace,rustls=trace,tokio_rustls=trace,rumqttc=trace,mio=trace,tokio_util=trace,tokio_modbus=trace,mio_serial=trace";
 /// Found nowhere by chance.
 const CANARY: &str = "canary-Xq7-p4ssw0rd";
 /// The same in the forms in which bytes are printed.
@@ -104,7 +106,7 @@ fn a_password_and_a_key_are_found_nowhere_but_in_their_files() {
     let mut arguments: Vec<&str> = tls.iter().map(String::as_str).collect();
     arguments.extend(["-u", "gateway", "-P", CANARY]);
     let mut heard = Vec::new();
-    for level in ["error", "warn", "info", "debug", "trace"] {
+    for level in ["error", "warn", "info", "debug", "trace", EVERYTHING] {
         let mut agent = Agent::prepared(&config);
         agent.set_env("FIELDPOST_LOG", level);
         let password = agent.dir().join("password");
@@ -136,7 +138,13 @@ fn a_password_and_a_key_are_found_nowhere_but_in_their_files() {
             all.extend(said(&fieldpost(arguments)));
         }
         assert_eq!(secrets_in(&all, &secrets), [""; 0], "{level}: {}", String::from_utf8_lossy(&all));
-        assert_eq!(agent.logged("DEBUG") > 0, ["debug", "trace"].contains(&level), "the log level counts");
+        let talks = ["debug", "trace", EVERYTHING].contains(&level);
+        assert_eq!(agent.logged("DEBUG") > 0, talks, "the log level counts");
+        assert_eq!(
+            agent.logged("rustls::") > 0,
+            level == EVERYTHING,
+            "libraries are heard when they are named"
+        );
         let mut seen = Vec::new();
         for file in files(agent.dir()).into_iter().filter(|file| *file != password) {
             assert_eq!(

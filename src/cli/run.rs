@@ -10,6 +10,7 @@ use tokio::sync::mpsc;
 use super::{Failure, colours, printable};
 use crate::agent;
 use crate::config::{self, Config};
+use crate::logging;
 use crate::point::{Fault, Reading, Sample, Value};
 use crate::policy::format::rfc3339;
 
@@ -29,6 +30,7 @@ pub(super) struct Run {
 impl Run {
     pub(super) fn run(self) -> Result<(), Failure> {
         let config = config::load(&self.file)?;
+        logging::start(&config.log);
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Failure::Runtime)?;
         let outcome = match self.dry {

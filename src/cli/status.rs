@@ -10,9 +10,10 @@ use super::{Agent, Failure, Paint, Tone, printable};
 use crate::config;
 use crate::control::client;
 use crate::control::wire::{Answer, Budget, Link, LinkState, Question, Status, Store, Unit};
+pub(super) use crate::trouble::{grouped, span};
 
 /// Counters that say that something is not as it should be; the others are in `--json`.
-const TROUBLES: [&str; 20] = [
+const TROUBLES: [&str; 21] = [
     "readings_overrun",
     "polls_skipped",
     "messages_not_accepted",
@@ -28,6 +29,7 @@ const TROUBLES: [&str; 20] = [
     "retain_cleared_unknown",
     "acks_unexpected",
     "inbound_refused",
+    "log_lines_left_out",
     "commands_over_limit",
     "command_steps_retried",
     "connect_failures",
@@ -252,18 +254,6 @@ fn counted<'a>(counts: impl Iterator<Item = (&'a str, u64)>) -> Option<String> {
     (!words.is_empty()).then(|| words.join(", "))
 }
 
-/// A duration in its two largest units.
-pub(super) fn span(ms: u64) -> String {
-    let seconds = ms / 1000;
-    let (days, hours, minutes) = (seconds / 86_400, seconds / 3600 % 24, seconds / 60 % 60);
-    match seconds {
-        0..60 => format!("{seconds} s"),
-        60..3600 => format!("{minutes} min {} s", seconds % 60),
-        3600..86_400 => format!("{hours} h {minutes} min"),
-        _ => format!("{days} d {hours} h"),
-    }
-}
-
 /// A size in the largest binary unit that leaves at least 1 before the point.
 pub(super) fn bytes(bytes: u64) -> String {
     const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
@@ -273,19 +263,6 @@ pub(super) fn bytes(bytes: u64) -> String {
     let exponent = (bytes.ilog2() / 10) as usize;
     let size = bytes as f64 / 1024_f64.powi(exponent as i32);
     format!("{size:.1} {}", UNITS[exponent - 1])
-}
-
-/// A count with a comma every three digits.
-pub(super) fn grouped(count: u64) -> String {
-    let digits = count.to_string();
-    let mut grouped = String::new();
-    for (index, digit) in digits.char_indices() {
-        if index > 0 && (digits.len() - index).is_multiple_of(3) {
-            grouped.push(',');
-        }
-        grouped.push(digit);
-    }
-    grouped
 }
 
 #[cfg(test)]

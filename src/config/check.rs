@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::place::{Place, Problem, Problems, Source};
-use super::raw::{self, BUDGET, COMMANDS, CONTROL, GATEWAY, REPLAY, ROOT, STORE, Value};
+use super::raw::{self, BUDGET, COMMANDS, CONTROL, GATEWAY, LOG, REPLAY, ROOT, STORE, Value};
 use super::read::{Section, Walk};
 use super::value::{self, Complaint, Surroundings};
 use super::{Config, Control, Gateway};
@@ -161,8 +161,10 @@ fn whole(walk: &mut Walk<'_>, root: &raw::Table) -> Config {
     let control = control(walk, section, &store.path, store_place);
     let section = walk.section(root, "commands", &COMMANDS, false);
     let commands = super::commands::commands(walk, section, &gateway.id, &gateway.base_topic);
+    let section = walk.section(root, "log", &LOG, false);
+    let log = super::log::log(walk, section);
     let (modbus, points) = super::modbus::lines(walk, root, &gateway.id);
-    Config { gateway, broker, other_brokers, store, replay, budget, control, commands, modbus, points }
+    Config { gateway, broker, other_brokers, store, replay, budget, control, commands, log, modbus, points }
 }
 
 fn gateway(walk: &mut Walk<'_>, section: Section<'_>) -> Gateway {

@@ -70,6 +70,7 @@ pub(super) const ROOT: Keys = Keys {
         known("budget", "[budget]", &["quota", "metered"]),
         key("control", "[control]"),
         known("commands", "[commands]", &["command"]),
+        known("log", "[log]", &["logging", "logs"]),
         known("modbus", "[[modbus]]", &["line", "lines"]),
     ],
 };
@@ -202,6 +203,15 @@ pub(super) const COMMANDS: Keys = Keys {
     ],
 };
 
+/// `[log]`
+pub(super) const LOG: Keys = Keys {
+    header: "[log]",
+    keys: &[
+        known("level", "level = \"info\"", &["levels", "verbosity", "filter"]),
+        known("format", "format = \"json\"", &["style", "output"]),
+    ],
+};
+
 const EVERY: Key = known("every", "every = \"1s\"", &["interval", "poll", "poll_interval", "period", "rate"]);
 const QOS: Key = key("qos", "qos = 1");
 const RETAIN: Key = known("retain", "retain = false", &["retained"]);
@@ -303,6 +313,7 @@ pub(super) const TABLES: &[&Keys] = &[
     &COMMIT_INTERVAL,
     &CONTROL,
     &COMMANDS,
+    &LOG,
     &LINE,
     &UNIT,
     &POINT,

@@ -211,13 +211,13 @@ impl Database {
         if let Some(percent) = budget.count(bytes, now) {
             let look = budget.look(now);
             let held_back: Vec<&str> = look.held_back.iter().map(|lane| lane.name()).collect();
+            let held_back = (!held_back.is_empty()).then(|| held_back.join(", "));
             tracing::warn!(
-                percent,
                 used = look.used_bytes,
                 budget = look.bytes,
-                per = look.per.name(),
-                held_back = held_back.join(", "),
-                "a good part of the byte budget is used"
+                held_back,
+                "{percent} % of the byte budget of this {} are used",
+                look.per.name()
             );
         }
     }

@@ -636,7 +636,7 @@ impl Worker {
         error: Arc<StoreError>,
         replies: Vec<oneshot::Sender<Result<Accepted, NotAccepted>>>,
     ) {
-        tracing::error!(%error, "a commit failed; nothing of it was told to anybody");
+        tracing::debug!(%error, "a commit failed; nothing of it was told to anybody");
         self.offer = None;
         self.failed = true;
         for reply in replies {

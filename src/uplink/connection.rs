@@ -12,11 +12,12 @@ use bytes::Bytes;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, interval, sleep_until, timeout, timeout_at};
-use tracing::{debug, error, info, warn};
+use tracing::debug;
 
 use super::backoff::{Backoff, Cause};
 use super::choice::{Choice, Patience};
 use super::link::{self, ConnectError, Endpoint, Link, LinkError, Stream};
+use super::log::Log;
 use super::packet::{Connect, Limits, Packet, Protocol, ReasonCode, Will};
 use super::presence::{Announcement, Heard, Presence};
 use super::secret::{self, Unusable};
@@ -272,6 +273,7 @@ pub struct Uplink {
     short_lives: u32,
     /// Where the task says that it makes progress.
     pulse: Pulse,
+    log: Log,
     /// What was last logged of what the broker does not allow.
     told: Vec<String>,
 }
@@ -320,6 +322,7 @@ impl Uplink {
             connections: 0,
             short_lives: 0,
             pulse: Pulse::default(),
+            log: Log::new(),
             told: Vec::new(),
         };
         uplink.show_broker();
@@ -359,7 +362,8 @@ impl Uplink {
                 break;
             }
             if let End::FailBack { to, url } = &end {
-                info!(broker = url, "an earlier broker of the list answers again: going back to it");
+                self.log
+                    .info(&format!("{url} answers again and stands earlier in the list: going back to it"));
                 self.stats.failbacks.increment();
                 self.choice.fail_back(*to);
                 carry = self.change_broker();
@@ -378,11 +382,9 @@ impl Uplink {
                 let failed = self.settings.url();
                 carry = self.change_broker();
                 self.stats.failovers.increment();
-                warn!(
-                    failed,
-                    broker = self.settings.url(),
-                    "no connection for too long: trying the next broker"
-                );
+                let next = self.settings.url();
+                self.log
+                    .warn(&format!("no connection to {failed} for too long: trying the next broker, {next}"));
             }
         }
         debug!("the uplink has stopped");
@@ -418,12 +420,7 @@ impl Uplink {
                 self.settings.client_id
             );
         }
-        let known = self.status.borrow().last_error.as_deref() == Some(reason.as_str());
-        match (known, was_connected) {
-            (true, _) => debug!(reason, "still no connection to the broker"),
-            (false, true) => warn!(reason, "the connection to the broker ended"),
-            (false, false) => warn!(reason, "no connection to the broker"),
-        }
+        self.log.failed(&self.settings.url(), &reason, was_connected);
         let alarm = (cause == Cause::TakenOver).then(|| reason.clone());
         self.status.send_modify(|status| {
             status.last_error = Some(reason);
@@ -441,7 +438,9 @@ impl Uplink {
                 self.stats.possibly_doubled.add(settled.possibly_doubled);
                 self.stats.possibly_lost.add(settled.possibly_lost);
             }
-            Err(Some(error)) => error!(%error, "the copied database could not take a new epoch"),
+            Err(Some(error)) => {
+                self.log.warn(&format!("the copied database could not take a new epoch: {error}"))
+            }
             Err(None) => {}
         }
     }
@@ -532,8 +531,8 @@ impl Uplink {
     ) -> Result<(), End> {
         if session.clean_start() && !self.settings.session.clean_start {
             self.discard_session().await?;
-            info!(
-                "this database knows of no session: what the broker held is discarded, queued commands too"
+            self.log.info(
+                "this database knows of no session: what the broker held is discarded, queued commands too",
             );
         }
         let mut link = self.open(false).await?;
@@ -583,9 +582,12 @@ impl Uplink {
     }
 
     /// Opens the stream and queues CONNECT, `discard`: only to end the old session.
-    async fn open(&self, discard: bool) -> Result<Link<Stream>, End> {
+    async fn open(&mut self, discard: bool) -> Result<Link<Stream>, End> {
         let settings = &self.settings;
         let tls = settings.tls.as_ref().map(|tls| tls::Client::new(tls, &settings.host)).transpose()?;
+        if let Some(words) = tls.as_ref().and_then(tls::Client::unusable) {
+            self.log.warn(words);
+        }
         let endpoint = settings.endpoint(tls.as_ref(), &self.stats);
         let mut stop = self.stop.clone();
         self.pulse.busy(clock::mono_ms(), settings.connect_timeout);
@@ -647,7 +649,7 @@ impl Uplink {
     /// One clean connection on which nothing is published discards the old session, and the next one begins a
     /// new, lasting one. MQTT 3.1.1 keeps no session that was begun clean; on MQTT 5 the standard does, but
     /// mosquitto 2.0.11 loses it when it restarts (measured), whatever the Session Expiry Interval says.
-    async fn discard_session(&self) -> Result<(), End> {
+    async fn discard_session(&mut self) -> Result<(), End> {
         let mut link = self.open(true).await?;
         match self.first_packet(&mut link).await? {
             Packet::ConnAck(connack) if !connack.reason.is_error() => {}
@@ -676,7 +678,8 @@ impl Uplink {
             false => self.settings.session_expiry.as_secs(),
         };
         if let Some(granted) = limits.session_expiry_s.filter(|granted| u64::from(*granted) < asked) {
-            warn!(asked, granted, "the broker keeps the session for fewer seconds than asked for");
+            let words = format!("the broker keeps the session for {granted} s, and was asked for {asked} s");
+            self.log.warn(&words);
         }
         let downgrades = self.downgrades(&limits);
         let keep_alive_s = limits.keep_alive_s.map_or(self.settings.session.keep_alive_ms / 1000, u64::from);
@@ -685,7 +688,7 @@ impl Uplink {
             status.downgrades.clone_from(&downgrades);
         });
         if self.told != downgrades {
-            downgrades.iter().for_each(|words| warn!("{words}"));
+            downgrades.iter().for_each(|words| self.log.warn(words));
             self.told = downgrades;
         }
     }
@@ -821,7 +824,6 @@ impl Uplink {
                 let online = self.presence.online(epoch, queued, clock::now());
                 announce(session, online, clock::mono_ms());
                 self.status.send_modify(|status| status.session_present = Some(present));
-                info!(session_present = present, "connected to the broker");
             }
             Event::Running => {
                 // What was meant for the moment of an outage is not worth sending now.
@@ -830,12 +832,14 @@ impl Uplink {
                 }
                 self.status.send_modify(|status| status.last_error = None);
                 self.set_state(LinkState::Connected);
+                let present = self.status.borrow().session_present == Some(true);
+                self.log.connected(&self.settings.url(), present);
                 self.choice.connected(clock::mono_ms());
             }
             Event::Downgraded { filter, asked, granted } => {
                 let granted = granted.map_or("nothing".to_owned(), |qos| qos.to_string());
                 let words = format!("subscribed to {filter}: asked for {asked}, granted {granted}");
-                warn!("{words}");
+                self.log.warn(&words);
                 self.status.send_modify(|status| status.downgrades.push(words));
             }
             Event::Presence(payload) => self.on_presence(&payload, session, epoch, queued)?,
@@ -864,7 +868,8 @@ impl Uplink {
         }
     }
 
-    fn count(&self, what: Counted, n: u64) {
+    fn count(&mut self, what: Counted, n: u64) {
+        self.log.counted(what, n);
         let stats = &self.stats;
         let counter = match what {
             Counted::NoMatchingSubscribers => &stats.no_matching_subscribers,

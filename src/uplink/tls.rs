@@ -103,6 +103,7 @@ pub struct Client {
     name: ServerName<'static>,
     /// Where the authorities come from, for messages.
     authorities: String,
+    unusable: Option<String>,
 }
 
 /// The time by which certificates are judged: that of [`clock::wall_ms`], which every 32-bit system has past 2038.
@@ -125,8 +126,8 @@ impl Client {
         let expected = settings.server_name.as_deref().unwrap_or(host);
         let name = ServerName::try_from(expected.to_owned())
             .map_err(|_| SetupError::Name { name: expected.to_owned() })?;
-        let (roots, authorities) = match &settings.ca_file {
-            Some(path) => (roots_from(path)?, path.display().to_string()),
+        let ((roots, unusable), authorities) = match &settings.ca_file {
+            Some(path) => ((roots_from(path)?, None), path.display().to_string()),
             None => (system_roots()?, "this system's certificate authorities".to_owned()),
         };
         // Named, not the process-wide default: another crate could set that one.
@@ -140,7 +141,12 @@ impl Client {
             Some((chain, key)) => builder.with_client_auth_cert(chain, key).map_err(SetupError::Identity)?,
         };
         config.alpn_protocols = settings.alpn.iter().map(|name| name.as_bytes().to_vec()).collect();
-        Ok(Client { config: Arc::new(config), name, authorities })
+        Ok(Client { config: Arc::new(config), name, authorities, unusable })
+    }
+
+    /// Which of the system's authorities cannot be used, in words; `None`: all can.
+    pub fn unusable(&self) -> Option<&str> {
+        self.unusable.as_deref()
     }
 
     /// The handshake over a connected socket.
@@ -289,19 +295,19 @@ fn roots_from(path: &Path) -> Result<RootCertStore, SetupError> {
     Ok(roots)
 }
 
-/// One damaged file among the system's must not keep the others from being used.
-fn system_roots() -> Result<RootCertStore, SetupError> {
+/// One damaged file among the system's must not keep the others from being used. Which ones cannot be, in words.
+fn system_roots() -> Result<(RootCertStore, Option<String>), SetupError> {
     let found = rustls_native_certs::load_native_certs();
     let mut roots = RootCertStore::empty();
     let (used, skipped) = roots.add_parsable_certificates(found.certs);
-    if skipped > 0 || !found.errors.is_empty() {
-        tracing::warn!(used, skipped, errors = ?found.errors, "some of the system's authorities cannot be used");
-    }
+    let errors = found.errors.first().map_or_else(String::new, |error| format!(" ({error})"));
     if roots.is_empty() {
-        let errors = found.errors.first().map_or_else(String::new, |error| format!(" ({error})"));
         return Err(SetupError::NoSystemRoots { errors });
     }
-    Ok(roots)
+    let unusable = (skipped > 0 || !found.errors.is_empty()).then(|| {
+        format!("{skipped} of this system's certificate authorities cannot be used, {used} can{errors}")
+    });
+    Ok((roots, unusable))
 }
 
 type Identity = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);

@@ -434,8 +434,8 @@ pub fn be_the_agent() {
         frozen: PARTS.into_iter().find(|part| frozen.as_deref() == Some(&format!("{part:?}"))),
         haste: number(HASTE_VARIABLE).and_then(|haste| u32::try_from(haste).ok()).unwrap_or(0),
     };
-    let _installed = tracing_subscriber::fmt().with_ansi(false).with_writer(std::io::stderr).try_init();
     let config = fieldpost::config::load(Path::new(&file)).expect("the test wrote a good configuration");
+    fieldpost::logging::start(&config.log);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.expect("the system gives an event queue");
     runtime.block_on(fieldpost::agent::run_with(config, faults)).expect("the agent runs");

@@ -25,6 +25,7 @@ use crate::point::{Fault, PointIndex, Reading, Sample, Value};
 use crate::progress::{IDLE, Pulse};
 use crate::source::schedule::{Attempt, Breaker, Due, Schedule};
 use crate::stats::Stats;
+use crate::trouble::{Trouble, counted, grouped, span};
 
 /// The first pause after an open that failed; each further one is twice as long.
 const FIRST_REOPEN_MS: u64 = 500;
@@ -86,6 +87,8 @@ struct Task {
     reopen: Reopen,
     desk: Desk,
     readings: mpsc::Sender<Reading>,
+    /// Nobody takes readings fast enough.
+    overrun: Trouble,
     status: watch::Sender<LineStatus>,
     stats: Arc<Stats>,
     pulse: Pulse,
@@ -98,8 +101,8 @@ struct UnitState {
     id: u8,
     /// Which of its reads the next probe uses: another each time, because one of them may be what is wrong.
     probe_turn: usize,
-    /// Whether all was well when that was last said in the log.
-    said_ok: Option<bool>,
+    /// Not all is well with it.
+    trouble: Trouble,
 }
 
 /// The points of one unit that share an interval.
@@ -130,8 +133,8 @@ struct Reopen {
     failures: u32,
     at_ms: u64,
     longest_ms: u64,
-    /// The last reason that was logged, until an answer comes.
-    said: Option<String>,
+    /// It is down, until an answer comes.
+    trouble: Trouble,
 }
 
 /// What became of one read of a group.
@@ -196,14 +199,20 @@ impl Task {
             units: line
                 .units
                 .into_iter()
-                .map(|unit| UnitState { name: unit.name, id: unit.unit, probe_turn: 0, said_ok: None })
+                .map(|unit| UnitState {
+                    name: unit.name,
+                    id: unit.unit,
+                    probe_turn: 0,
+                    trouble: Trouble::default(),
+                })
                 .collect(),
             groups,
             schedule: Schedule::new(&due, 0),
             started: Instant::now(),
-            reopen: Reopen { failures: 0, at_ms: 0, longest_ms, said: None },
+            reopen: Reopen { failures: 0, at_ms: 0, longest_ms, trouble: Trouble::default() },
             desk,
             readings,
+            overrun: Trouble::default(),
             status,
             stats,
             pulse: line.pulse,
@@ -266,7 +275,7 @@ impl Task {
         self.status.send_modify(|status| (status.up, status.error) = (true, None));
     }
 
-    /// Says so, once per reason, and plans the next attempt.
+    /// Says so, and plans the next attempt.
     fn line_is_down(&mut self) {
         let why = self.client.down().unwrap_or("closed").to_owned();
         let pause_ms = match self.reopen.failures {
@@ -274,12 +283,11 @@ impl Task {
             failures => (FIRST_REOPEN_MS << (failures - 1).min(16)).min(self.reopen.longest_ms),
         };
         self.reopen.failures = self.reopen.failures.saturating_add(1);
-        self.reopen.at_ms = self.now_ms() + pause_ms;
-        if self.reopen.said.as_ref() == Some(&why) {
-            debug!(line = %self.name, attempts = self.reopen.failures, "still down: {why}");
-        } else {
-            warn!(line = %self.name, "{why}");
-            self.reopen.said = Some(why.clone());
+        let now_ms = self.now_ms();
+        self.reopen.at_ms = now_ms + pause_ms;
+        match self.reopen.trouble.happened(&why, now_ms) {
+            Some(more) => warn!(line = %self.name, reason = why, "down{more}"),
+            None => debug!(line = %self.name, reason = why, "still down"),
         }
         self.status.send_modify(|status| (status.up, status.error) = (false, Some(why)));
     }
@@ -419,8 +427,9 @@ impl Task {
             self.line_is_down();
         } else if self.client.is_proven() {
             self.reopen.failures = 0;
-            if self.reopen.said.take().is_some() {
-                info!(line = %self.name, "up again");
+            if let Some(ended) = self.reopen.trouble.ended(now_ms) {
+                let (after, failures) = (span(ended.lasted_ms), counted(ended.times, "failure"));
+                info!(line = %self.name, "up again after {after}, {failures}");
             }
         }
     }
@@ -434,12 +443,21 @@ impl Task {
 
     async fn write(&mut self, write: Write) {
         let outcome = self.carry_out(&write).await;
-        let ticket = write.ticket.0;
+        let (line, ticket, value) = (&*self.name, write.ticket.0, &write.value);
+        let place = self.point(write.point).map(|(unit, point)| (&*self.units[unit].name, point.name));
+        let (unit, point) =
+            place.as_ref().map_or((None, None), |(unit, point)| (Some(*unit), Some(&**point)));
         match &outcome {
-            Ending::Done { read_back } => info!(line = %self.name, ticket, "written: {read_back}"),
-            Ending::Failed { reason, .. } => warn!(line = %self.name, ticket, "not written: {reason}"),
-            Ending::Expired => warn!(line = %self.name, ticket, "not written: it came too late"),
-            Ending::Unknown { reason } => warn!(line = %self.name, ticket, "perhaps written: {reason}"),
+            Ending::Done { read_back } => info!(line, unit, point, ticket, "written: {read_back}"),
+            Ending::Failed { reason, .. } => {
+                warn!(line, unit, point, ticket, reason, "{value} was not written")
+            }
+            Ending::Expired => {
+                warn!(line, unit, point, ticket, reason = "it came too late", "{value} was not written")
+            }
+            Ending::Unknown { reason } => {
+                warn!(line, unit, point, ticket, reason, "{value} may or may not have been written")
+            }
         }
         self.desk.finish(outcome);
     }
@@ -515,10 +533,22 @@ impl Task {
         reply
     }
 
-    fn send_reading(&self, reading: Reading) {
+    fn send_reading(&mut self, reading: Reading) {
+        let now_ms = self.now_ms();
         match self.readings.try_send(reading) {
-            Ok(()) | Err(TrySendError::Closed(_)) => {}
-            Err(TrySendError::Full(_)) => self.stats.readings_overrun.increment(),
+            Ok(()) => {
+                if let Some(ended) = self.overrun.ended(now_ms) {
+                    let lost = grouped(ended.times);
+                    info!(line = %self.name, "readings are taken again; {lost} were thrown away");
+                }
+            }
+            Err(TrySendError::Full(_)) => {
+                self.stats.readings_overrun.increment();
+                if let Some(more) = self.overrun.happened("", now_ms) {
+                    warn!(line = %self.name, "readings are thrown away: the database cannot keep up{more}");
+                }
+            }
+            Err(TrySendError::Closed(_)) => {}
         }
     }
 
@@ -551,16 +581,27 @@ impl Task {
     fn report(&mut self, due: Due, samples: &[Sample], was_asked: bool) {
         let mut ok = self.groups.iter().filter(|group| group.unit == due.unit).filter_map(|group| group.ok);
         let ok = ok.all(|ok| ok);
-        let error = words(&self.groups[due.group].points, samples).filter(|_| was_asked);
+        let wrong = wrong(&self.groups[due.group].points, samples).filter(|_| was_asked);
+        let error = wrong.map(|(point, fault)| match point {
+            None => fault.to_string(),
+            Some(point) => format!("{point}: {fault}"),
+        });
         let last_ok = samples.iter().rev().find(|sample| sample.value.is_ok()).map(|sample| sample.at);
-        let unit = &mut self.units[due.unit];
-        if was_asked && unit.said_ok != Some(ok) {
-            match (&error, ok, unit.said_ok) {
-                (Some(error), false, _) => warn!(line = %self.name, unit = %unit.name, "{error}"),
-                (_, true, Some(false)) => info!(line = %self.name, unit = %unit.name, "well again"),
-                _ => debug!(line = %self.name, unit = %unit.name, ok, "first poll"),
+        let now_ms = self.now_ms();
+        let UnitState { name, trouble, .. } = &mut self.units[due.unit];
+        let (line, unit) = (&*self.name, &**name);
+        if let (Some((point, fault)), Some(words)) = (wrong, &error) {
+            let (reason, try_this) = (fault.to_string(), remedy(fault));
+            match trouble.happened(words, now_ms) {
+                Some(more) => warn!(line, unit, point, "{reason}{try_this}{more}"),
+                None => debug!(line, unit, point, "{reason}"),
             }
-            unit.said_ok = Some(ok);
+        } else if ok
+            && was_asked
+            && let Some(ended) = trouble.ended(now_ms)
+        {
+            let (after, polls) = (span(ended.lasted_ms), counted(ended.times, "bad poll"));
+            info!(line, unit, "well again after {after}, {polls}");
         }
         self.status.send_modify(|status| {
             let Some(unit) = status.units.get_mut(due.unit) else { return };
@@ -585,12 +626,22 @@ fn fault(failure: Failure) -> Fault {
     }
 }
 
-/// The first thing wrong with the samples, in words; with the point's name unless all have the same trouble.
-fn words(points: &[LinePoint], samples: &[Sample]) -> Option<String> {
+/// The first thing wrong with the samples; with the point's name unless all have the same trouble.
+fn wrong<'a>(points: &'a [LinePoint], samples: &'a [Sample]) -> Option<(Option<&'a str>, &'a Fault)> {
     let (point, fault) = std::iter::zip(points, samples)
         .find_map(|(point, sample)| sample.value.as_ref().err().map(|fault| (point, fault)))?;
     let shared = samples.iter().all(|sample| sample.value.as_ref() == Err(fault));
-    Some(if shared { fault.to_string() } else { format!("{}: {fault}", point.name) })
+    Some(((!shared).then_some(&*point.name), fault))
+}
+
+/// What to try, to be written behind the fault; nothing where that says it itself.
+fn remedy(fault: &Fault) -> &'static str {
+    match fault {
+        Fault::Timeout { .. } => "; check its power, its wiring and its unit identifier",
+        Fault::BadReply { .. } => "; check that no two units have the same identifier",
+        Fault::NotANumber { .. } => "; check the point's type and order",
+        Fault::Exception { .. } | Fault::LineDown { .. } | Fault::Resting { .. } => "",
+    }
 }
 
 /// The points of each unit by interval, with the reads they need.
