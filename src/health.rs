@@ -251,7 +251,9 @@ impl Reporter {
             correlation_data: None,
             payload: text,
         };
-        if let Err(error) = self.store.append(vec![alarm]).await {
+        let stored = self.store.append(vec![alarm]).await;
+        self.pulse.beat(clock::mono_ms());
+        if let Err(error) = stored {
             warn!(%error, "the alarm about the damaged database could not be stored");
         }
     }
@@ -270,7 +272,9 @@ impl Reporter {
                 correlation_data: None,
                 payload: format::correction(&self.facts.gateway, &self.facts.boot_id, correction, now),
             };
-            if let Err(error) = self.store.append(vec![message]).await {
+            let stored = self.store.append(vec![message]).await;
+            self.pulse.beat(clock::mono_ms());
+            if let Err(error) = stored {
                 debug!(%error, "the correction of this boot's times could not be stored; it is tried again");
                 return;
             }
@@ -303,6 +307,7 @@ impl Reporter {
             ),
         };
         let outcome = self.store.report_gaps(gaps.iter().map(message).collect(), gaps.to_vec()).await;
+        self.pulse.beat(clock::mono_ms());
         match outcome {
             Ok(_) => {
                 let messages: u64 = gaps.iter().map(|gap| gap.count).sum();

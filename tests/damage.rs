@@ -5,10 +5,12 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use bytes::Bytes;
 use fieldpost::clock;
 use fieldpost::message::{Lane, Message, PacketId, Payload, Qos, Seq, Topic};
+use fieldpost::progress::{Pulse, Watch};
 use fieldpost::store::{Append, Batch, Settings, Store, StoreError};
 use fieldpost::turn::{Change, Offer, OnSessionLoss};
 
@@ -377,4 +379,30 @@ fn damage_is_found_behind_the_start_although_nothing_reads_there() {
     };
     assert!(matches!(found, Some(StoreError::Damaged { .. })), "{found:?} after {segments} segments");
     assert!(store.look(clock::now()).unwrap().damage.is_some());
+}
+
+/// The end of a salvage writes the whole database twice, in one step: a watchdog that ended it would end every start.
+#[test]
+fn a_salvage_has_the_time_that_a_slow_card_needs_for_it() {
+    let is_stuck_in_a_second = |damaged: bool| {
+        let folder = filled(true);
+        let path = folder.path().join("outbox.db");
+        let mut file = fs::read(&path).unwrap();
+        assert!(file.len() > 600_000, "{} bytes, twice, at 512 KiB/s, are more than 2 s", file.len());
+        if damaged {
+            let at = page_of(&file, &text(1500)[..40]);
+            file[at..at + 1024].fill(0);
+            fs::write(&path, file).unwrap();
+        }
+        let pulse = Pulse::new(Duration::ZERO, clock::mono_ms());
+        let mut watch = Watch::default();
+        watch.add("the store".into(), &pulse);
+        let mut store = Store::open(Settings { pulse, ..settings(folder.path()) }).unwrap();
+        while store.check_next().unwrap_or(false) {}
+        assert_eq!(store.look(clock::now()).unwrap().damage.is_some(), damaged);
+        !watch.stuck(clock::mono_ms() + 1_000).is_empty()
+    };
+    assert!(!is_stuck_in_a_second(true));
+    // The negative control: without a salvage nobody has asked for more time.
+    assert!(is_stuck_in_a_second(false));
 }

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::UNIX_EPOCH;
+use std::time::{Duration, UNIX_EPOCH};
 
 use rusqlite::types::Value;
 use rusqlite::{Connection, Row, params, params_from_iter};
@@ -26,6 +26,9 @@ use crate::progress::Pulse;
 const KEPT: usize = 2;
 /// Queries one salvage makes at most: damage that needs more is not worth the wait.
 const QUERIES_MAX: u32 = 200_000;
+
+/// What the slowest card that is worth waiting for writes, in bytes a second.
+const SLOWEST_CARD: u64 = 512 << 10;
 
 /// What was found and what was saved.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -141,6 +144,10 @@ pub(super) fn carry_over(
     db.execute_batch("BEGIN IMMEDIATE")?;
     let mut carrier = Carrier { old: &old, db, queries_left: QUERIES_MAX, pulse };
     carrier.carry(&mut damage)?;
+    // From here to the end of the salvage nothing more is heard: what was carried over goes to the log, and from there
+    // into the new database.
+    let bytes = 2 * fs::metadata(path).map_or(0, |file| file.len());
+    pulse.busy(clock::mono_ms(), Duration::from_secs(bytes / SLOWEST_CARD));
     db.execute_batch("COMMIT")?;
     Ok(damage)
 }
