@@ -5,11 +5,14 @@
 
 mod broker;
 mod check;
+mod columns;
 mod publish;
 mod queue;
 mod retained;
 mod run;
 mod status;
+mod warnings;
+mod watch;
 
 use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
@@ -23,6 +26,7 @@ use crate::control::client::ClientError;
 use crate::logging;
 use crate::message::TopicError;
 use crate::store::StoreError;
+use columns::{Paint, Tone, printable};
 
 /// Where the packaged agent listens.
 const DEFAULT_SOCKET: &str = "/var/lib/fieldpost/control.sock";
@@ -100,6 +104,11 @@ enum Failure {
     Store(StoreError),
     #[error("fieldpost: {0}")]
     NotDone(String),
+    #[error(
+        "fieldpost: --watch draws on a terminal, and this is none (standard output, TERM): give --json as well for a \
+         line of JSON again and again, or leave --watch out for one look"
+    )]
+    NoTerminal,
     #[error("fieldpost: nothing was thrown away; type yes when asked, or give --yes")]
     NotConfirmed,
     #[error("fieldpost: cannot write {}: {source}", path.display())]
@@ -204,40 +213,11 @@ fn colours(stream: &impl IsTerminal) -> bool {
     stream.is_terminal() && std::env::var_os("NO_COLOR").is_none()
 }
 
-/// How a word is to be taken.
-#[derive(Debug, Clone, Copy)]
-enum Tone {
-    Good,
-    Waiting,
-    Bad,
-    Heading,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Paint {
-    colours: bool,
-}
-
 impl Paint {
     /// As is welcome there.
     fn of(stream: &impl IsTerminal) -> Self {
         Paint { colours: colours(stream) }
     }
-
-    fn dab(self, tone: Tone, text: &str) -> String {
-        let code = match tone {
-            Tone::Good => "32",
-            Tone::Waiting => "33",
-            Tone::Bad => "31;1",
-            Tone::Heading => "1",
-        };
-        if self.colours { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
-    }
-}
-
-/// Text from elsewhere (a broker, a device) as it may be shown on a terminal: nothing in it moves the cursor.
-fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }
 
 #[cfg(test)]
@@ -261,6 +241,9 @@ mod tests {
             "status --json --socket /run/x.sock",
             "status gateway.toml",
             "status --config gateway.toml",
+            "status --watch",
+            "status --watch --interval 500ms gateway.toml",
+            "status --watch --json --interval 5min",
             "publish --topic a/b 21.5",
             "publish --topic a/b --qos 2 --retain --lane alarm --socket x",
             "publish --topic a/b -- -1",
@@ -287,6 +270,9 @@ mod tests {
             "publish --topic a --lane fast x",
             "status --socket a --config b",
             "status --socket a b",
+            "status --interval 1s",
+            "status --watch --interval 1",
+            "status --watch --interval 10ms",
             "retained clear",
             "queue requeue",
             "queue purge --yes",
@@ -295,10 +281,5 @@ mod tests {
             let parsed = Cli::try_parse_from(std::iter::once("fieldpost").chain(line.split(' ')));
             assert!(parsed.is_err(), "{line}");
         }
-    }
-
-    #[test]
-    fn text_from_elsewhere_cannot_move_the_cursor() {
-        assert_eq!(printable("quota\u{1b}[2J\nexceeded é"), "quota\u{fffd}[2J\u{fffd}exceeded é");
     }
 }

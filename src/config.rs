@@ -18,6 +18,7 @@ mod url;
 mod value;
 mod warn;
 
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -244,6 +245,18 @@ pub struct Point {
 /// Every problem found, in the order of their places, or the one that made the file unreadable.
 pub fn load(path: &Path) -> Result<Config, Problems> {
     check::load(path)
+}
+
+/// A duration as the file writes it, `500ms` or `5min`, within a range.
+///
+/// # Errors
+/// What is wrong with it, and what to write.
+pub fn duration(text: &str, range: RangeInclusive<Duration>) -> Result<Duration, String> {
+    let complaint = |found: value::Complaint| match found.help {
+        Some(help) => format!("{}; {help}", found.message),
+        None => found.message,
+    };
+    quantity::duration(&raw::Value::Text(text.to_owned()), range).map_err(complaint)
 }
 
 /// Checks a configuration given as text; `path` is what problems name and what relative paths start from.

@@ -414,6 +414,9 @@ impl Reporter {
                     bytes: depth.bytes,
                     oldest_age_ms: depth.oldest_age_ms,
                     in_flight: depth.in_flight,
+                    accepted: depth.accepted,
+                    dropped: dropped_of(look, lane),
+                    limit_bytes: depth.limit_bytes,
                 })
             }),
             dropped: look.as_ref().map_or_else(BTreeMap::new, dropped_by_reason),
@@ -423,6 +426,7 @@ impl Reporter {
                 path: self.facts.store_path.clone(),
                 quota_bytes: look.as_ref().map_or(0, |look| look.quota),
                 used_bytes: look.as_ref().map_or(0, |look| look.used_bytes),
+                free_disk_bytes: look.as_ref().and_then(|look| look.free_disk),
                 epoch: look.as_ref().map_or(0, |look| look.boot.epoch),
                 accepting: error.is_none(),
                 error,
@@ -455,8 +459,11 @@ impl Reporter {
             session_present: link.session_present,
             last_error: link.last_error.clone(),
             retry_in_ms,
+            alarm: link.alarm.clone(),
             downgrades: link.downgrades.clone(),
             in_flight: link.in_flight,
+            window: link.window,
+            round_trip_ms: link.round_trip_ms,
             keep_alive_s: link.keep_alive_s,
         }
     }
@@ -566,6 +573,10 @@ fn tell(reply: oneshot::Sender<Answer>, answer: Answer) {
 
 fn lanes<T>(look: &Look, show: impl Fn(Lane, &store::LaneDepth) -> T) -> Vec<T> {
     Lane::ALL.into_iter().zip(&look.lanes).map(|(lane, depth)| show(lane, depth)).collect()
+}
+
+fn dropped_of(look: &Look, lane: Lane) -> u64 {
+    look.dropped.iter().filter(|(of, ..)| *of == lane).map(|(.., count)| count).sum()
 }
 
 fn dropped_by_reason(look: &Look) -> BTreeMap<String, u64> {

@@ -56,6 +56,10 @@ counters! {
     readings_overrun,
     /// Due times that passed while a unit was still being read.
     polls_skipped,
+    /// Transactions of the database.
+    commits,
+    /// Microseconds they took, syncs included.
+    commit_us,
     /// Messages the store accepted.
     messages_accepted,
     /// Messages the store did not accept.

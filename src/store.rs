@@ -344,6 +344,8 @@ pub struct Look {
     pub used_bytes: u64,
     /// The quota.
     pub quota: u64,
+    /// Free bytes of its file system; `None` where the system does not know.
+    pub free_disk: Option<u64>,
     /// The byte budget, if there is one.
     pub budget: Option<BudgetLook>,
     /// Which start this is.

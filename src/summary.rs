@@ -96,6 +96,8 @@ mod tests {
             last_error: last_error.map(str::to_owned),
             downgrades: Vec::new(),
             in_flight: 0,
+            window: 1000,
+            round_trip_ms: None,
             session_present: None,
             alarm: None,
             keep_alive_s: 0,

@@ -259,6 +259,12 @@ const LAYERS: &[Layer] = &[
         pure: false,
     },
     Layer {
+        name: "what is shown of a status",
+        files: &["cli/columns", "cli/warnings", "cli/watch/screen"],
+        may: &["cli", "control::wire"],
+        pure: true,
+    },
+    Layer {
         name: "command line",
         files: &["cli", "cli/*"],
         may: &[
@@ -321,7 +327,16 @@ const PLACES: &[(&str, &[&str])] = &[
     ("serde", &["control/wire", "policy/command"]),
     (
         "serde_json",
-        &["cli/broker", "cli/queue", "cli/status", "control*", "logging*", "policy/command", "policy/format"],
+        &[
+            "cli/broker",
+            "cli/queue",
+            "cli/status",
+            "cli/watch",
+            "control*",
+            "logging*",
+            "policy/command",
+            "policy/format",
+        ],
     ),
     ("socket2", &["control", "uplink/link/open"]),
     ("strsim", &["config*"]),
@@ -332,6 +347,7 @@ const PLACES: &[(&str, &[&str])] = &[
     ("tokio_util", &["control", "uplink/link*"]),
     ("toml", &["config*"]),
     ("tracing", &["*"]),
+    ("unicode_width", &["cli/columns"]),
 ];
 
 /// Crates that are data types or macros, which pure files may use too.

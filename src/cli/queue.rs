@@ -168,6 +168,14 @@ impl End {
                     bytes: depth.bytes,
                     oldest_age_ms: depth.oldest_age_ms,
                     in_flight: depth.in_flight,
+                    accepted: depth.accepted,
+                    dropped: look
+                        .dropped
+                        .iter()
+                        .filter(|(of, ..)| *of == lane)
+                        .map(|(.., count)| count)
+                        .sum(),
+                    limit_bytes: depth.limit_bytes,
                 };
                 let lanes = Lane::ALL.into_iter().zip(&look.lanes).map(lane).collect();
                 Ok(Depth { lanes, dead_letters: look.dead_letters })

@@ -261,12 +261,21 @@ pub struct Link {
     pub session_present: Option<bool>,
     /// Why the last connection or attempt ended, in words.
     pub last_error: Option<String>,
+    /// Another client uses our identifier, in words.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alarm: Option<String>,
     /// When the next attempt is made, while waiting.
     pub retry_in_ms: Option<u64>,
     /// What the broker does not allow and is done differently, in words: a lower QoS, no retain.
     pub downgrades: Vec<String>,
     /// Messages sent and not finally acknowledged.
     pub in_flight: u64,
+    /// How many of them there may be.
+    #[serde(default)]
+    pub window: u64,
+    /// How long the broker last took to answer a message or a PINGREQ on this connection.
+    #[serde(default)]
+    pub round_trip_ms: Option<u64>,
     /// Keep Alive in force.
     pub keep_alive_s: u64,
 }
@@ -309,6 +318,15 @@ pub struct LaneQueue {
     pub oldest_age_ms: Option<u64>,
     /// How many of them are in flight.
     pub in_flight: u64,
+    /// Messages accepted since the database was made.
+    #[serde(default)]
+    pub accepted: u64,
+    /// Messages dropped since then.
+    #[serde(default)]
+    pub dropped: u64,
+    /// Bytes it may hold: its own limit, or the quota of all lanes.
+    #[serde(default)]
+    pub limit_bytes: u64,
 }
 
 /// The database.
@@ -320,6 +338,9 @@ pub struct Store {
     pub quota_bytes: u64,
     /// Bytes of messages it holds.
     pub used_bytes: u64,
+    /// Free bytes of its disk, where the system knows.
+    #[serde(default)]
+    pub free_disk_bytes: Option<u64>,
     /// Its epoch.
     pub epoch: u32,
     /// Whether it accepts messages.

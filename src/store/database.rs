@@ -481,8 +481,7 @@ impl Database {
         }
         let is_fresh = |looked: u64| now.mono_ms.saturating_sub(looked) < LOOK_AT_DISK_MS;
         if !self.disk.looked_mono_ms.is_some_and(is_fresh) {
-            let found = rustix::fs::statvfs(&self.settings.path).ok()?;
-            let bytes = found.f_bavail.saturating_mul(found.f_frsize);
+            let bytes = free_bytes(&self.settings.path)?;
             self.disk = FreeDisk { looked_mono_ms: Some(now.mono_ms), bytes };
         }
         Some(self.disk.bytes)
@@ -504,7 +503,7 @@ impl Database {
         let mut dropped = self.db.prepare_cached("SELECT lane, reason, count FROM dropped")?;
         let mut gaps = self.db.prepare_cached("SELECT lane, reason, first_seq, last_seq, count FROM gap")?;
         Ok(Look {
-            lanes: self.outbox.depth(&self.db, &self.boot, now)?,
+            lanes: self.outbox.depth(&self.db, &self.boot, self.settings.quota, now)?,
             dropped: dropped
                 .query_map([], |row| Ok((lane(row.get(0)?), row.get(1)?, row.get(2)?)))?
                 .collect::<Result<_, _>>()?,
@@ -524,12 +523,19 @@ impl Database {
             rows: self.session.rows(),
             used_bytes: self.outbox.bytes(),
             quota: self.settings.quota,
+            free_disk: free_bytes(&self.settings.path),
             budget: self.budget.as_ref().map(|budget| budget.look(now)),
             boot: self.boot.clone(),
             damage: None,
             trouble: None,
         })
     }
+}
+
+/// Free bytes of the file system that holds this, for users without privileges.
+fn free_bytes(path: &Path) -> Option<u64> {
+    let found = rustix::fs::statvfs(path).ok()?;
+    Some(found.f_bavail.saturating_mul(found.f_frsize))
 }
 
 /// Moves the write-ahead log into the database and closes it.

@@ -173,6 +173,10 @@ pub struct LaneDepth {
     pub in_flight: u64,
     /// How long the oldest has waited, in milliseconds; `None` when empty or not known across a boot.
     pub oldest_age_ms: Option<u64>,
+    /// Messages ever accepted in this epoch.
+    pub accepted: u64,
+    /// Bytes it may hold: the lane's own limit, or what there is for all lanes.
+    pub limit_bytes: u64,
 }
 
 /// The queue of every lane.
@@ -581,7 +585,7 @@ impl Outbox {
     }
 
     /// What a screen shows.
-    pub(crate) fn depth(&self, db: &Connection, boot: &Boot, now: Stamp) -> Sql<[LaneDepth; 3]> {
+    pub(crate) fn depth(&self, db: &Connection, boot: &Boot, quota: u64, now: Stamp) -> Sql<[LaneDepth; 3]> {
         let mut depths = [LaneDepth::default(); 3];
         for lane in Lane::ALL {
             let queue = &self.lanes[lane as usize];
@@ -601,6 +605,8 @@ impl Outbox {
                 in_flight: queue.taken.len() as u64,
                 oldest_age_ms: oldest
                     .and_then(|(kernel_boot, accepted)| boot.elapsed_ms(kernel_boot, accepted, now)),
+                accepted: queue.next_seq.saturating_sub(1),
+                limit_bytes: queue.limits.max_bytes.map_or(quota, |own| own.min(quota)),
             };
         }
         Ok(depths)

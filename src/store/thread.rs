@@ -582,8 +582,11 @@ impl Worker {
             steps,
             offer: self.offer.as_ref().map(|(_, offer)| offer.clone()),
         };
+        let began = std::time::Instant::now();
         match self.store.commit(batch, clock::now()) {
             Ok(mut committed) => {
+                self.stats.commits.increment();
+                self.stats.commit_us.add(began.elapsed().as_micros() as u64);
                 for (reply, stepped) in asked.into_iter().zip(std::mem::take(&mut committed.steps)) {
                     let _gone = reply.send(Ok(stepped));
                 }

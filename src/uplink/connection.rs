@@ -150,6 +150,10 @@ pub struct LinkStatus {
     pub downgrades: Vec<String>,
     /// QoS 1 and 2 messages in flight.
     pub in_flight: u64,
+    /// How many of them there may be on this connection.
+    pub window: u64,
+    /// How long the broker last took to answer on this connection, in milliseconds.
+    pub round_trip_ms: Option<u64>,
     /// Whether the broker still had the session at the last connect.
     pub session_present: Option<bool>,
     /// Another client uses our identifier, or the database was a copy: in words.
@@ -183,6 +187,8 @@ impl LinkStatus {
             last_error: None,
             downgrades: Vec::new(),
             in_flight: 0,
+            window: 0,
+            round_trip_ms: None,
             session_present: None,
             alarm: None,
             keep_alive_s: 0,
@@ -426,6 +432,7 @@ impl Uplink {
             status.last_error = Some(reason);
             status.alarm = alarm;
             status.in_flight = 0;
+            status.round_trip_ms = None;
         });
         cause
     }
@@ -812,9 +819,13 @@ impl Uplink {
             Wake::Tick | Wake::Probed(_) | Wake::Stop => {}
         }
         session.tick(now_ms)?;
-        let in_flight = session.in_flight() as u64;
-        self.status
-            .send_if_modified(|status| std::mem::replace(&mut status.in_flight, in_flight) != in_flight);
+        let (in_flight, window) = (session.in_flight() as u64, u64::from(session.window()));
+        let now = (in_flight, window, session.round_trip_ms());
+        self.status.send_if_modified(|status| {
+            let before = (status.in_flight, status.window, status.round_trip_ms);
+            (status.in_flight, status.window, status.round_trip_ms) = now;
+            before != now
+        });
         Ok(())
     }
 

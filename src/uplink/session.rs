@@ -306,6 +306,9 @@ pub struct Session {
     last_out_ms: u64,
     last_progress_ms: u64,
     ping_ms: Option<u64>,
+    /// The message whose first acknowledgement is timed, and when it was sent.
+    timed: Option<(PacketId, u64)>,
+    round_trip_ms: Option<u64>,
 }
 
 impl Session {
@@ -356,6 +359,8 @@ impl Session {
             last_out_ms: now_ms,
             last_progress_ms: now_ms,
             ping_ms: None,
+            timed: None,
+            round_trip_ms: None,
         };
         session.plan_resume(begin.resume, carry.unacked, carry.may_have_left.as_ref());
         carry.holding.iter().for_each(|holding| session.hold_back_unsent(holding));
@@ -380,6 +385,11 @@ impl Session {
     /// QoS 1 and 2 messages sent on this connection and not finished.
     pub fn in_flight(&self) -> usize {
         self.in_flight
+    }
+
+    /// How long the broker last took to answer a message or a PINGREQ on this connection, in milliseconds.
+    pub fn round_trip_ms(&self) -> Option<u64> {
+        self.round_trip_ms
     }
 
     /// Whether messages flow.

@@ -195,7 +195,9 @@ impl Session {
     }
 
     pub(super) fn on_pingresp(&mut self, now_ms: u64) {
-        self.ping_ms = None;
+        if let Some(sent_ms) = self.ping_ms.take() {
+            self.round_trip_ms = Some(now_ms.saturating_sub(sent_ms));
+        }
         let canary_is_out = self.own.values().any(|own| *own == Own::Canary);
         if let Phase::Judging { heard_ms: heard_ms @ None, .. } = &mut self.phase
             && !canary_is_out

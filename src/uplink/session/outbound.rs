@@ -49,6 +49,7 @@ impl Session {
             let Some(id) = self.own_id(own) else { return };
             self.progress_from_idle(now_ms);
             self.in_flight += 1;
+            self.timed.get_or_insert((id, now_ms));
             Some(id)
         };
         self.send(Packet::Publish(Box::new(publish(topic, payload, qos, retain, id, None))));
@@ -111,6 +112,7 @@ impl Session {
         let own = self.own.remove(&id);
         self.in_flight = self.in_flight.saturating_sub(1);
         self.last_progress_ms = now_ms;
+        self.answered(id, now_ms);
         if own != Some(Own::Canary) {
             return;
         }
@@ -144,6 +146,7 @@ impl Session {
                 flight.record = None;
                 let (lane, seq) = (flight.lane, flight.seq);
                 self.last_progress_ms = now_ms;
+                self.answered(id, now_ms);
                 self.accepted(lane, seq, reason);
                 self.pending.push(Change::Received(id));
                 match self.settings.broken {
@@ -193,6 +196,7 @@ impl Session {
     fn land(&mut self, id: PacketId, now_ms: u64) -> Option<Flight> {
         let flight = self.flights.remove(&id)?;
         self.last_progress_ms = now_ms;
+        self.answered(id, now_ms);
         if flight.sent {
             self.in_flight = self.in_flight.saturating_sub(1);
             if flight.qos == Qos::ExactlyOnce {
@@ -200,6 +204,12 @@ impl Session {
             }
         }
         Some(flight)
+    }
+
+    fn answered(&mut self, id: PacketId, now_ms: u64) {
+        if let Some((_, sent_ms)) = self.timed.take_if(|(timed, _)| *timed == id) {
+            self.round_trip_ms = Some(now_ms.saturating_sub(sent_ms));
+        }
     }
 
     fn accepted(&mut self, lane: Lane, seq: Seq, reason: ReasonCode) {
@@ -387,6 +397,7 @@ impl Session {
         if qos == Qos::ExactlyOnce {
             self.qos2_in_flight += 1;
         }
+        self.timed.get_or_insert((id, now_ms));
         self.send(Packet::Publish(Box::new(packet)));
     }
 
@@ -418,7 +429,8 @@ impl Session {
         self.limits.max_packet_bytes.is_some_and(|max| bytes > max as usize)
     }
 
-    pub(super) fn window(&self) -> u16 {
+    /// QoS 1 and 2 messages that may be in flight at once.
+    pub fn window(&self) -> u16 {
         self.settings.max_in_flight.min(self.limits.receive_max.unwrap_or(u16::MAX))
     }
 
