@@ -250,3 +250,22 @@ impl Visit for Fields {
         self.put(field, value.into());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_that_floods_the_log_is_cut_off_and_counted() {
+        let style = Style { json: false, journal: true, colours: false };
+        let log = Log { levels: Arc::new(Levels::default()), style };
+        let before = left_out();
+        tracing::subscriber::with_default(log, || {
+            for n in 0..1_000 {
+                tracing::info!(n, "a flood");
+            }
+            tracing::info!("another place is heard");
+        });
+        assert_eq!(left_out() - before, 940);
+    }
+}

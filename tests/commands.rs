@@ -355,6 +355,9 @@ async fn a_flood_of_commands_is_refused_and_starves_nothing() {
         plant.writes()
     );
     assert!(grown_kib < 32 << 10, "{grown_kib} KiB");
+    let lines = agent.log().lines().count();
+    println!("{lines} lines in the log");
+    assert!(lines <= 100 && agent.logged("each one's answer says why") > 0, "{}", agent.log());
 }
 
 /// How often commands were executed twice over so many kills, each right after the device has written.

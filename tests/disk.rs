@@ -46,6 +46,16 @@ fn goes_on(agent: &Agent, producer: &Producer) {
 }
 
 /// Everything that was accepted is at the broker, once and in order.
+/// Each of many failed commits, and no line for each of them.
+fn says_it_in_few_lines(agent: &Agent, words: &[&str]) {
+    let (refused, lines) = (agent.status().counters["messages_not_accepted"], agent.log().lines().count());
+    println!("{lines} lines for {refused} messages that were refused");
+    assert!(lines <= 25, "{}", agent.log());
+    for words in words {
+        assert!(agent.logged(words) > 0, "{words}: {}", agent.log());
+    }
+}
+
 fn nothing_is_lost_or_doubled(mut agent: Agent, producer: Producer, broker: &Mosquitto) {
     let produced = producer.stop();
     agent.expect_drained(PATIENCE);
@@ -435,6 +445,10 @@ fn a_read_only_file_system_is_named_and_left_behind_when_it_can_be_written_again
         shim.set(Switch::WriteError, 0);
     }
     goes_on(&agent, &producer);
+    says_it_in_few_lines(
+        &agent,
+        &["nothing is accepted until the database works again", "takes messages again after"],
+    );
     nothing_is_lost_or_doubled(agent, producer, &broker);
 }
 
@@ -456,6 +470,7 @@ fn no_space_for_any_write_loses_and_doubles_nothing() {
         shim.set(Switch::WriteError, 0);
     }
     goes_on(&agent, &producer);
+    says_it_in_few_lines(&agent, &["the disk is full", "there is space on the disk again after"]);
     nothing_is_lost_or_doubled(agent, producer, &broker);
 }
 
