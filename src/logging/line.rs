@@ -4,7 +4,7 @@
 
 use std::fmt::Write as _;
 
-use serde_json::{Map, Value, json};
+use serde_json::Value;
 
 use super::levels::Level;
 use crate::policy::format::rfc3339;
@@ -63,27 +63,24 @@ fn priority(level: Level) -> u8 {
     }
 }
 
+/// In this order, which people read too.
 fn object(entry: &Entry<'_>) -> String {
-    let mut fields: Map<String, Value> =
-        entry.fields.iter().map(|(name, value)| ((*name).to_owned(), value.clone())).collect();
-    let mut message = entry.message.clone();
-    let cut = |text: &mut String| cut_off(text, LINE_MAX_BYTES / 8);
-    cut(&mut message);
-    fields.values_mut().for_each(|value| {
-        if let Value::String(text) = value {
-            cut(text);
-        }
-    });
-    let mut line = json!({
-        "time": rfc3339(entry.wall_ms),
-        "level": entry.level.name(),
-        "target": entry.module,
-        "message": message,
-    });
-    if !fields.is_empty() {
-        line["fields"] = Value::Object(fields);
+    let cut = |text: &str| {
+        let mut text = text.to_owned();
+        cut_off(&mut text, LINE_MAX_BYTES / 8);
+        Value::String(text)
+    };
+    let (time, level) = (rfc3339(entry.wall_ms), entry.level.name());
+    let (target, message) = (cut(entry.module), cut(&entry.message));
+    let mut line =
+        format!(r#"{{"time":"{time}","level":"{level}","target":{target},"message":{message},"fields":{{"#);
+    for (at, (name, value)) in entry.fields.iter().enumerate() {
+        let comma = if at > 0 { "," } else { "" };
+        let value = value.as_str().map_or_else(|| value.clone(), cut);
+        let _ = write!(line, r#"{comma}"{name}":{value}"#);
     }
-    line.to_string()
+    line.push_str("}}");
+    line
 }
 
 fn words(line: &mut String, style: Style, entry: &Entry<'_>) {
@@ -191,9 +188,9 @@ mod tests {
         let coloured = format!("\x1b[2m2026-11-21T10:00:00.123Z\x1b[0m \x1b[33mWARN \x1b[0m {words}");
         assert_eq!(render(Style { colours: true, ..TERMINAL }, &entry), coloured);
         let object = concat!(
-            r#"{"fields":{"line":"line1","polls":3,"reason":"no answer within 1000 ms","unit":"meter1"},"#,
-            r#""level":"warn","message":"does not answer","target":"fieldpost::source::modbus::line","#,
-            r#""time":"2026-11-21T10:00:00.123Z"}"#,
+            r#"{"time":"2026-11-21T10:00:00.123Z","level":"warn","target":"fieldpost::source::modbus::line","#,
+            r#""message":"does not answer","#,
+            r#""fields":{"line":"line1","reason":"no answer within 1000 ms","unit":"meter1","polls":3}}"#,
             "\n"
         );
         assert_eq!(render(JSON, &entry), object);
@@ -224,6 +221,11 @@ mod tests {
             assert!(line.ends_with('\n') && line.len() <= LINE_MAX_BYTES + 100, "{}", line.len());
             assert!(!line.trim_end_matches('\n').chars().any(char::is_control), "{line:?}");
             assert!(line.contains('…'), "{line}");
+            if style.json {
+                let object = line.trim_start_matches("<3>");
+                let object: Value = serde_json::from_str(object).expect("one JSON object");
+                assert!(object["fields"]["reason"].is_string(), "{object}");
+            }
         }
     }
 }
