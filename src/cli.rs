@@ -18,7 +18,7 @@ use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use crate::agent::AgentError;
 use crate::config::{self, Problems};
@@ -167,6 +167,11 @@ fn complain(what: impl std::fmt::Display) {
     let _ = writeln!(io::stderr(), "{what}");
 }
 
+/// The command line as its parser knows it, for the manual pages and the shells' completions.
+pub fn command() -> clap::Command {
+    Cli::command()
+}
+
 /// Runs the program.
 pub fn main() -> ExitCode {
     die_on_panic();
@@ -222,13 +227,11 @@ impl Paint {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
 
     #[test]
     fn the_command_line_is_consistent() {
-        Cli::command().debug_assert();
+        command().debug_assert();
     }
 
     #[test]
