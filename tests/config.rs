@@ -96,6 +96,25 @@ fn the_settings_shown_in_comments_load_too() {
     assert_eq!(config.broker.tls.map(|tls| tls.alpn), Some(vec!["mqtt".to_owned()]));
 }
 
+/// What a package installs into /etc, for a person to fill in.
+#[test]
+fn the_packaged_file_lacks_the_brokers_url_alone_and_what_it_suggests_is_accepted() {
+    const PACKAGED: &str = include_str!("../systemd/debian/fieldpost.toml");
+    let problems = bad(PACKAGED).to_string();
+    assert!(problems.contains("`url` is missing in [broker]"), "{problems}");
+    assert_eq!(problems.matches("help:").count(), 1, "{problems}");
+    let suggested = |line: &str| {
+        line.strip_prefix('#')
+            .filter(|rest| !rest.starts_with(' ') || rest.starts_with("  {"))
+            .map(str::to_owned)
+    };
+    let filled: Vec<String> =
+        PACKAGED.lines().map(|line| suggested(line).unwrap_or_else(|| line.to_owned())).collect();
+    let config = good(&filled.join("\n"));
+    assert_eq!((config.modbus.len(), config.points.len()), (2, 3));
+    assert!(config.warnings().is_empty() && config.broker.tls.is_some());
+}
+
 #[test]
 fn the_defaults_are_those_of_the_reference_file() {
     let config = good(SMALLEST);
