@@ -130,6 +130,11 @@ fn line(port: u16) -> String {
     )
 }
 
+/// How often the log says that this part is stuck.
+fn named(agent: &Agent, part: &str) -> usize {
+    agent.log().lines().filter(|line| line.contains("is stuck") && line.contains(part)).count()
+}
+
 /// Becomes the agent under test when [`Agent::have_faults`] says so.
 #[test]
 fn agent_with_faults() {
@@ -252,7 +257,7 @@ fn frozen(part: Part, name: &str) {
     manager.expect(&agent, "READY=1");
     manager.expect(&agent, "WATCHDOG=1");
     manager.expect_status(&agent, &format!("stuck: {name}; the agent is ended unless that goes on"));
-    assert!(agent.logged(&format!("part=\"{name}\"")) == 1, "{}", agent.tail());
+    assert_eq!(named(&agent, name), 1, "{}", agent.tail());
     manager.expect_unfed(&agent);
     assert!(agent.is_running(), "it waits for its end");
     println!("{name}: {:?}", agent.log().lines().find(|line| line.contains("is stuck")));
@@ -301,13 +306,34 @@ fn a_stuck_store_is_named_and_starves_the_watchdog_until_it_goes_on() {
     let stuck = manager.expect_status(&agent, "stuck: the store");
     assert!(!stuck.contains("more"), "the store is named before who waits for it: {stuck}");
     manager.expect_unfed(&agent);
-    assert!(agent.logged("part=\"the store\"") == 1, "{}", agent.tail());
+    assert_eq!(named(&agent, "the store"), 1, "{}", agent.tail());
     manager.forget();
     shim.set(Switch::SyncDelayMs, 0);
     manager.expect(&agent, "WATCHDOG=1");
     manager.expect_status(&agent, "connected to");
     assert!(agent.logged("every part of the agent goes on again") > 0, "{}", agent.tail());
     assert!(agent.terminate().success());
+}
+
+/// A file that cannot be read to its end (here a pipe that nobody writes to) holds up the runtime, and every task with
+/// it. That is noticed from outside.
+#[test]
+fn a_stuck_runtime_is_noticed_from_outside_of_it() {
+    let config = Config::new("mqtts://127.0.0.1:1").with("broker", "ca_file = \"ca.pem\"");
+    let mut agent = Agent::prepared(&config);
+    agent.have_faults(hasty(None));
+    let made = std::process::Command::new("mkfifo").arg(agent.dir().join("ca.pem")).status().unwrap();
+    assert!(made.success());
+    let mut manager = Manager::of(&mut agent);
+    agent.spawn();
+    manager.expect(&agent, "READY=1");
+    manager.expect(&agent, "WATCHDOG=1");
+    let stuck = manager.expect_status(&agent, "stuck: ");
+    assert!(stuck.contains("and 3 more"), "everything but the store's thread: {stuck}");
+    manager.expect_unfed(&agent);
+    for part in ["the commands", "the pipeline", "the uplink", "the reporter"] {
+        assert_eq!(named(&agent, part), 1, "{}", agent.tail());
+    }
 }
 
 /// A service manager that is stuck itself must not take the agent with it: its queue fills, nothing waits for it.
