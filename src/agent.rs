@@ -9,6 +9,7 @@
 //! not sent by then is in the database.
 
 use std::io;
+use std::path::Path;
 use std::pin::pin;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -34,6 +35,7 @@ use crate::policy::command::{self, Allowed, WritablePoint};
 use crate::policy::format::Speaker;
 use crate::progress::{Patience, Pulse};
 use crate::service::Service;
+use crate::source::machine::{self, Machine, MachinePoint, Values};
 use crate::source::modbus::{self, LateReplies, Line, LinePoint, LineStatus, Unit};
 use crate::stats::Stats;
 use crate::store::{self, Store, StoreError};
@@ -98,6 +100,8 @@ pub struct Faults {
     pub frozen: Option<Part>,
     /// How many times less patient with every part the watch is; 0 is as 1.
     pub haste: u32,
+    /// Where another machine's `proc` and `sys` are.
+    pub machine_root: Option<&'static Path>,
 }
 
 /// A part of the agent that the service manager's watchdog depends on.
@@ -180,6 +184,11 @@ pub async fn run_dry(config: Config, readings: mpsc::Sender<Reading>) -> Result<
         let ((_, writes), (written, _)) = (mpsc::channel(1), mpsc::channel(1)); // nobody writes here
         let (readings, stats, stop) = (readings.clone(), Arc::clone(&stats), stopped.clone());
         lines.spawn(modbus::run(line, readings, writes, written, status, stats, stop));
+    }
+    if let Some(machine) = machine(&config, clock::now(), Faults::default()) {
+        let ((status, _), (values, _)) = (watch::channel(machine::status()), watch::channel(Values::new()));
+        let (readings, stats, stop) = (readings.clone(), Arc::clone(&stats), stopped.clone());
+        lines.spawn(machine::run(machine, readings, status, values, stats, stop));
     }
     tokio::select! {
         () = signals.next() => {}
@@ -290,6 +299,13 @@ impl Agent {
             let task = modbus::run(line, readings, to_write, written.clone(), status, stats, stop);
             lines.spawn(faults.freeze(Part::Line, task));
         }
+        let (values, machine_values) = watch::channel(Values::new());
+        if let Some(machine) = machine(config, started, faults) {
+            let (status, state) = watch::channel(machine::status());
+            line_states.push(state);
+            let (readings, stats, stop) = (readings.clone(), Arc::clone(&stats), lines_stopped.clone());
+            lines.spawn(machine::run(machine, readings, status, values, stats, stop));
+        }
 
         let mut dispatch = JoinSet::new();
         let settings = dispatch_settings(config, line_ends, faults);
@@ -300,8 +316,8 @@ impl Agent {
         dispatch.spawn(faults.freeze(Part::Dispatch, task));
 
         let mut pipeline = JoinSet::new();
-        let reporting = config.points.iter().map(|point| point.report.clone());
-        let policy = Policy::new(&config.gateway.id, &clock::boot_id(), reporting.collect());
+        let reporting = config.reporting().cloned().collect();
+        let policy = Policy::new(&config.gateway.id, &clock::boot_id(), reporting);
         let (counters, pulse) = (Arc::clone(&stats), faults.pulse(service, Part::Pipeline, "the pipeline"));
         let task = pipeline::run(policy, from_lines, store.clone(), qos0.clone(), counters, pulse);
         pipeline.spawn(faults.freeze(Part::Pipeline, task));
@@ -328,6 +344,7 @@ impl Agent {
             stats,
             link,
             lines: line_states,
+            machine: machine_values,
             announcements,
             qos0,
             summary,
@@ -344,7 +361,7 @@ impl Agent {
             boot = boot.boot,
             epoch = boot.epoch,
             lines = config.modbus.len(),
-            points = config.points.len(),
+            points = config.reporting().count(),
             clock_is_right = started.wall_is_right(),
             "fieldpost {} is running",
             env!("CARGO_PKG_VERSION")
@@ -550,6 +567,20 @@ fn facts(config: &Config, started: clock::Stamp) -> Facts {
         boot_id: clock::boot_id(),
         started,
     }
+}
+
+fn machine(config: &Config, started: clock::Stamp, faults: Faults) -> Option<Machine> {
+    let point = |(at, point): (usize, &config::MachinePoint)| MachinePoint {
+        index: PointIndex(config.points.len() + at),
+        sensor: point.sensor,
+        every: point.every,
+    };
+    Some(Machine {
+        points: config.machine.as_ref()?.points.iter().enumerate().map(point).collect(),
+        store: config.store.path.clone(),
+        started,
+        root: faults.machine_root.unwrap_or(Path::new("/")).to_owned(),
+    })
 }
 
 fn modbus_line(config: &Config, line: &config::ModbusLine) -> Line {

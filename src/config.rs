@@ -7,6 +7,7 @@ mod broker;
 mod check;
 mod commands;
 mod log;
+mod machine;
 mod modbus;
 mod place;
 mod points;
@@ -26,6 +27,7 @@ use std::time::Duration;
 use crate::logging;
 use crate::message::{Qos, Topic};
 use crate::policy::Reporting;
+use crate::source::machine::Sensor;
 use crate::source::modbus::register::Encoding;
 use crate::source::modbus::{Space, Writable};
 use crate::uplink::packet::Protocol;
@@ -61,12 +63,20 @@ pub struct Config {
     pub modbus: Vec<ModbusLine>,
     /// Every point of every unit of every line, in the order of the file: [`crate::point::PointIndex`] counts here.
     pub points: Vec<Point>,
+    /// `[machine]`; [`crate::point::PointIndex`] goes on in it.
+    pub machine: Option<Machine>,
 }
 
 impl Config {
     /// Every broker, in the order of preference.
     pub fn brokers(&self) -> impl Iterator<Item = &Broker> {
         std::iter::once(&self.broker).chain(&self.other_brokers)
+    }
+
+    /// How each point is reported: [`crate::point::PointIndex`] counts here.
+    pub fn reporting(&self) -> impl Iterator<Item = &Reporting> {
+        let machine = self.machine.iter().flat_map(|machine| &machine.points);
+        self.points.iter().map(|point| &point.report).chain(machine.map(|point| &point.report))
     }
 
     /// What will not be done as the points ask for it, because the broker is configured not to have it; a sentence
@@ -195,6 +205,24 @@ pub struct Commands {
     pub response_topics: Vec<String>,
     /// Where answers go otherwise: `{base_topic}/answer`.
     pub answer_topic: Topic,
+}
+
+/// What is told of the machine the agent runs on, as points of a line `gateway` and a unit `machine`.
+#[derive(Debug, Clone)]
+pub struct Machine {
+    /// Its points; those the machine does not have are left out while it runs.
+    pub points: Vec<MachinePoint>,
+}
+
+/// One point of the machine.
+#[derive(Debug, Clone)]
+pub struct MachinePoint {
+    /// What is read.
+    pub sensor: Sensor,
+    /// How often it is read. Default 1 min; 50 ms to 1 d.
+    pub every: Duration,
+    /// How it is reported. Defaults: a dead band of its own, a longest silence of 1 h.
+    pub report: Reporting,
 }
 
 /// One serial line or Modbus TCP server, with its units.

@@ -20,11 +20,13 @@ use crate::control::wire::{self, Answer};
 use crate::control::{Ask, Request};
 use crate::logging::left_out;
 use crate::message::{Lane, Message, Qos};
+use crate::point::{Fault, Value};
 use crate::policy::format::{
     self, BudgetHealth, CommandsHealth, Health, LaneHealth, LineHealth, LinkHealth, StoreHealth,
 };
 use crate::progress::Pulse;
 use crate::queue;
+use crate::source::machine::{Sensor, Values};
 use crate::source::modbus::LineStatus;
 use crate::stats::Stats;
 use crate::store::{self, Damage, Gap, Look, NotAccepted, StoreError};
@@ -72,6 +74,8 @@ pub struct Reporter {
     pub link: watch::Receiver<LinkStatus>,
     /// Every line's state, in the order of the configuration.
     pub lines: Vec<watch::Receiver<LineStatus>>,
+    /// What the machine said of itself last.
+    pub machine: watch::Receiver<Values>,
     /// To the uplink: what is said outside the store.
     pub announcements: mpsc::Sender<Announcement>,
     /// To the uplink: QoS 0 messages.
@@ -438,6 +442,7 @@ impl Reporter {
                 held_back: budget.held_back.iter().map(|lane| lane.name().to_owned()).collect(),
             }),
             lines: self.lines.iter().map(|line| line_status(&line.borrow(), now)).collect(),
+            machine: self.machine.borrow().iter().map(machine_value).collect(),
             counters: self.stats.all().into_iter().map(|(name, n)| (name.to_owned(), n)).collect(),
         }
     }
@@ -585,6 +590,15 @@ fn dropped_by_reason(look: &Look) -> BTreeMap<String, u64> {
         *dropped.entry(reason.clone()).or_insert(0) += count;
     }
     dropped
+}
+
+fn machine_value((sensor, value): (&Sensor, &Result<Value, Fault>)) -> wire::MachineValue {
+    wire::MachineValue {
+        name: sensor.name().into(),
+        value: value.as_ref().ok().map(format::number),
+        unit: sensor.unit().map(str::to_owned),
+        error: value.as_ref().err().map(Fault::to_string),
+    }
 }
 
 fn line_status(line: &LineStatus, now: Stamp) -> wire::Line {

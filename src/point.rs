@@ -11,7 +11,7 @@ use crate::clock::Stamp;
 /// Where a point is, as people name it: `line1/meter1/voltage`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PointId {
-    /// Name of the serial line or TCP server.
+    /// Name of the serial line or TCP server; `gateway` for the machine itself.
     pub line: Arc<str>,
     /// Name of the unit on that line.
     pub unit: Arc<str>,
@@ -94,6 +94,12 @@ pub enum Fault {
         /// The operating system's reason.
         what: String,
     },
+    /// A file of the machine could not be read, or does not say what it should.
+    #[error("cannot be read: {what}")]
+    Unreadable {
+        /// The operating system's reason, or what the file holds.
+        what: String,
+    },
     /// The unit failed several times in a row and is now tried rarely.
     #[error("not tried: the unit has failed {failures} times in a row and is probed rarely")]
     Resting {
@@ -111,6 +117,7 @@ impl Fault {
             Fault::BadReply { .. } => "bad_reply",
             Fault::NotANumber { .. } => "not_a_number",
             Fault::LineDown { .. } => "line_down",
+            Fault::Unreadable { .. } => "unreadable",
             Fault::Resting { .. } => "resting",
         }
     }

@@ -15,7 +15,9 @@ use fieldpost::config::{
 };
 use fieldpost::logging;
 use fieldpost::message::{Lane, Qos};
+use fieldpost::policy::Reporting;
 use fieldpost::policy::deadband::Deadband;
+use fieldpost::source::machine::Sensor;
 use fieldpost::source::modbus::Space;
 use fieldpost::source::modbus::register::{Kind, Order};
 use fieldpost::uplink::packet::Protocol;
@@ -142,6 +144,31 @@ fn the_defaults_are_those_of_the_reference_file() {
     assert_eq!(config.control.socket, Path::new("/var/lib/fieldpost/control.sock"));
     assert_eq!(config.log, logging::Settings::default());
     assert!(config.modbus.is_empty() && config.points.is_empty());
+}
+
+#[test]
+fn the_machine_tells_only_what_it_is_asked() {
+    assert!(good(SMALLEST).machine.is_none());
+    let config = good(&format!("{SMALLEST}[machine]\n"));
+    let points = &config.machine.as_ref().unwrap().points;
+    assert_eq!(points.iter().map(|point| point.sensor).collect::<Vec<_>>(), Sensor::ALL);
+    let Reporting { id, topic, deadband, unit, longest_silence, .. } = &points[0].report;
+    assert_eq!(
+        (id.to_string().as_str(), topic.as_str()),
+        ("gateway/machine/cpu_temperature", "gw/gateway/machine")
+    );
+    assert_eq!((*deadband, unit.as_deref()), (Deadband::Absolute(3.0), Some("°C")));
+    assert_eq!((points[0].every, *longest_silence), (Duration::from_secs(60), Duration::from_secs(3600)));
+    assert_eq!(config.reporting().count(), 18);
+
+    let table = "[machine]\nqos = 2\ndeadband = \"10%\"\n[[machine.points]]\nname = \"load\"\n[[machine.points]]\n\
+                 name = \"under_voltage\"\nevery = \"10s\"\nlane = \"alarm\"\ntopic = \"{gateway}/{point}\"\n";
+    let points = good(&format!("{SMALLEST}{table}")).machine.unwrap().points;
+    let [load, voltage] = &points[..] else { panic!("two points, not {points:?}") };
+    assert_eq!((load.sensor, load.report.qos), (Sensor::Load, Qos::ExactlyOnce));
+    assert_eq!(load.report.deadband, Deadband::Percent(10.0));
+    assert_eq!((voltage.every, voltage.report.topic.as_str()), (Duration::from_secs(10), "gw/under_voltage"));
+    assert_eq!(voltage.report.deadband, Deadband::Absolute(0.0), "there is no small change of a bit");
 }
 
 #[test]

@@ -100,8 +100,8 @@ fn settings(config: &Config, client_id: String, topic: Topic) -> Result<examinat
         username: broker.username.clone(),
         password,
         needs: Needs {
-            qos2: config.points.iter().any(|point| point.report.qos == Qos::ExactlyOnce),
-            retain: config.points.iter().any(|point| point.report.retain),
+            qos2: config.reporting().any(|point| point.qos == Qos::ExactlyOnce),
+            retain: config.reporting().any(|point| point.retain),
             will: broker.will,
             session_expiry_s: seconds(broker.session_expiry),
             max_in_flight: broker.max_in_flight,

@@ -51,6 +51,9 @@ fn summary(path: &Path, config: &Config) -> String {
         let inside = [count(line.units.len(), "unit"), count(points, "point")].join(", ");
         let _ = writeln!(out, "    {}: {how}: {inside}", line.name);
     }
+    if let Some(machine) = &config.machine {
+        let _ = writeln!(out, "  machine  {}", count(machine.points.len(), "point"));
+    }
     for warning in config.warnings() {
         let _ = writeln!(out, "  warning  {warning}");
     }

@@ -12,6 +12,7 @@ use crate::agent;
 use crate::config::{self, Config};
 use crate::logging;
 use crate::point::{Fault, Reading, Sample, Value};
+use crate::policy::Reporting;
 use crate::policy::format::rfc3339;
 
 /// Readings under way to the terminal; sources drop what does not fit.
@@ -44,10 +45,8 @@ impl Run {
 }
 
 async fn run_dry(config: Config) -> Result<(), Failure> {
-    let points = config
-        .points
-        .iter()
-        .map(|point| Label { name: point.report.id.to_string(), unit: point.report.unit.clone() });
+    let label = |point: &Reporting| Label { name: point.id.to_string(), unit: point.unit.clone() };
+    let points = config.reporting().map(label);
     let table = Table::new(points.collect(), colours(&io::stdout()));
     let (sender, readings) = mpsc::channel(READINGS_MAX);
     let mut out = io::stdout();

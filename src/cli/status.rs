@@ -137,6 +137,9 @@ fn screen(status: &Status, paint: Paint) -> String {
     if let Some(of) = &status.budget {
         budget(&mut screen, of);
     }
+    if let Some(text) = machine(status) {
+        screen.line("Machine", &text);
+    }
     let dropped = status.dropped.iter().map(|(reason, count)| (reason.as_str(), *count));
     let dropped = counted(dropped).unwrap_or_else(|| "nothing".to_owned());
     screen.line("Dropped", &dropped);
@@ -145,6 +148,28 @@ fn screen(status: &Status, paint: Paint) -> String {
     screen.blank();
     lines(&mut screen, status);
     screen.text
+}
+
+/// What the machine says of itself, but for what is a warning; `None` where it is not asked.
+pub(super) fn machine(status: &Status) -> Option<String> {
+    let told = |(name, before, after): &(&str, &str, &str)| {
+        let value = status.machine.iter().find(|value| value.name == *name)?;
+        let unit = value.unit.as_ref().map_or_else(String::new, |unit| format!(" {unit}"));
+        let number = match value.value.as_ref() {
+            None => return Some(format!("{before}unknown{after}")),
+            Some(number) => number.as_u64().map_or_else(|| number.to_string(), grouped),
+        };
+        Some(format!("{before}{number}{}{after}", printable(&unit)))
+    };
+    let words = [
+        ("cpu_temperature", "", ""),
+        ("load", "load ", ""),
+        ("memory_available", "", " of memory free"),
+        ("disk_written_per_day", "disk ", ""),
+        ("disk_life_used", "", " of the disk's life"),
+    ];
+    let words: Vec<String> = words.iter().filter_map(told).collect();
+    (!words.is_empty()).then(|| words.join(", "))
 }
 
 fn warn(screen: &mut Screen, status: &Status) {
@@ -318,7 +343,7 @@ pub(super) fn bytes(bytes: u64) -> String {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::control::wire::{LaneQueue, Line};
+    use crate::control::wire::{LaneQueue, Line, MachineValue};
 
     fn lane(lane: &str, messages: u64, bytes: u64, oldest_age_ms: Option<u64>, in_flight: u64) -> LaneQueue {
         let (accepted, dropped, limit_bytes) = (messages, 0, 512 << 20);
@@ -386,6 +411,7 @@ pub(super) mod tests {
                     unit("m2", false, None, 0, 0, None),
                 ],
             }],
+            machine: Vec::new(),
             counters: [("samples_read".to_owned(), 7200), ("possibly_lost".to_owned(), 0)].into(),
         }
     }
@@ -408,6 +434,20 @@ pub(super) mod tests {
             held_back: vec!["normal".into(), "bulk".into()],
         });
         status.commands_waiting = 3;
+        let told = |(name, value, unit): (&str, Option<serde_json::Value>, Option<&str>)| MachineValue {
+            name: name.into(),
+            error: value.is_none().then(|| "cannot be read: Input/output error".to_owned()),
+            value,
+            unit: unit.map(str::to_owned),
+        };
+        let values = [
+            ("cpu_temperature", Some(81.5.into()), Some("°C")),
+            ("under_voltage", Some(true.into()), None),
+            ("load", Some(0.52.into()), None),
+            ("memory_available", Some(3072.into()), Some("MiB")),
+            ("disk_written_per_day", None, Some("MiB/d")),
+        ];
+        status.machine = values.map(told).into();
         status.store.accepting = false;
         status.store.error = Some("the disk is full".into());
         let counters =
@@ -462,6 +502,7 @@ Warnings      nothing is accepted: the disk is full
               no connection to the broker for 3 h 12 min: CONNACK 0x87 Not authorized: check\u{fffd}[2J user name and password; 12,345 messages wait
               line1/meter2 has never been well: no answer within 1000 ms
               line line2 is down: cannot open /dev/ttyUSB0: No such file or directory
+              the power supply is too weak (under-voltage): check the supply and its cable
               the byte budget of this month is used up: normal and bulk wait
               2 given up after a refusal by the broker: fieldpost queue ls --dead
               1 message may be lost: the broker forgot the session
@@ -479,6 +520,7 @@ Queue             messages       bytes        oldest  in flight  of its limit
 Store         NOT ACCEPTING: the disk is full, 2.1 MiB of 512.0 MiB (0 %), 12.3 GiB free on its disk
               /var/lib/fieldpost/outbox.db, epoch 3
 Budget        51.0 MiB of 50.0 MiB this month (102 %), holds back normal and bulk
+Machine       81.5 °C, load 0.52, 3,072 MiB of memory free, disk unknown
 Dropped       3 expired, 1,200 quota
 Commands      7 done, 1 unknown, 3 waiting
 Since start   messages possibly lost: 1

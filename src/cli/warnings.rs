@@ -2,12 +2,29 @@
 
 use super::columns::Tone;
 use super::status::{bytes, grouped, span};
-use crate::control::wire::{LinkState, Status};
+use crate::control::wire::{LinkState, MachineValue, Status};
 
 /// A lane this full, in percent, is worth a word.
 const FULL_PERCENT: u64 = 80;
 /// Less free space than this is worth a word.
 const LITTLE_DISK_BYTES: u64 = 100 << 20;
+
+/// What a true value of the machine means. What has been is told where it is over.
+const MACHINE: &[(&str, Tone, &str)] = &[
+    (
+        "under_voltage",
+        Tone::Bad,
+        "the power supply is too weak (under-voltage): check the supply and its cable",
+    ),
+    ("throttled", Tone::Bad, "the processor is throttled"),
+    ("frequency_capped", Tone::Waiting, "the processor's frequency is capped"),
+    (
+        "temperature_limited",
+        Tone::Bad,
+        "the processor is at its limit of temperature: check the cabinet's air",
+    ),
+    ("under_voltage_since_boot", Tone::Waiting, "there has been under-voltage since the machine started"),
+];
 
 /// One sentence each, what is worst first.
 pub(super) fn warnings(status: &Status) -> Vec<(Tone, String)> {
@@ -22,6 +39,12 @@ pub(super) fn warnings(status: &Status) -> Vec<(Tone, String)> {
     }
     link(status, &mut say);
     lines(status, &mut say);
+    for (name, tone, words) in MACHINE {
+        let is_so = |value: &MachineValue| value.name == *name && value.value == Some(true.into());
+        if status.machine.iter().any(is_so) {
+            say(*tone, (*words).to_owned());
+        }
+    }
     for lane in status.queue.iter().filter(|lane| lane.messages > 0) {
         let percent = percent(lane.bytes, lane.limit_bytes);
         if percent >= FULL_PERCENT {

@@ -1,7 +1,7 @@
 //! From the file's shape to a checked [`Config`]: every problem at once, each with its place and a remedy.
 //!
 //! The only file of the configuration that reads files (`modbus` asks where a device's links lead); `[broker]`, `[store]` with
-//! `[replay]` and `[budget]`, and `[[modbus]]` are walked by `broker`, `store` and `modbus`.
+//! `[replay]` and `[budget]`, `[machine]` and `[[modbus]]` are walked by `broker`, `store`, `machine` and `modbus`.
 
 use std::io::{ErrorKind, Read};
 use std::ops::RangeInclusive;
@@ -163,8 +163,23 @@ fn whole(walk: &mut Walk<'_>, root: &raw::Table) -> Config {
     let commands = super::commands::commands(walk, section, &gateway.id, &gateway.base_topic);
     let section = walk.section(root, "log", &LOG, false);
     let log = super::log::log(walk, section);
-    let (modbus, points) = super::modbus::lines(walk, root, &gateway.id);
-    Config { gateway, broker, other_brokers, store, replay, budget, control, commands, log, modbus, points }
+    let mut seen = super::modbus::Seen::new(&gateway.id);
+    let machine = super::machine::machine(walk, root, &mut seen);
+    let (modbus, points) = super::modbus::lines(walk, root, &mut seen);
+    Config {
+        gateway,
+        broker,
+        other_brokers,
+        store,
+        replay,
+        budget,
+        control,
+        commands,
+        log,
+        modbus,
+        points,
+        machine,
+    }
 }
 
 fn gateway(walk: &mut Walk<'_>, section: Section<'_>) -> Gateway {

@@ -65,7 +65,7 @@ pub(super) struct Defaults {
 }
 
 impl Defaults {
-    fn standard() -> Self {
+    pub(super) fn standard() -> Self {
         Defaults {
             every: SECOND,
             qos: Qos::AtLeastOnce,
@@ -112,12 +112,26 @@ pub(super) struct Seen<'g> {
     devices: HashMap<PathBuf, Place>,
 }
 
+impl<'g> Seen<'g> {
+    pub(super) fn new(gateway: &'g str) -> Self {
+        Seen { gateway, topics: HashMap::new(), lines: HashMap::new(), devices: HashMap::new() }
+    }
+
+    /// Takes the name of a line.
+    pub(super) fn claim(&mut self, line: &str, place: Place) {
+        self.lines.insert(line.to_owned(), place);
+    }
+}
+
 /// Every line, and every point of every unit in the order of the file.
-pub(super) fn lines(walk: &mut Walk<'_>, root: Section<'_>, gateway: &str) -> (Vec<ModbusLine>, Vec<Point>) {
-    let mut seen = Seen { gateway, topics: HashMap::new(), lines: HashMap::new(), devices: HashMap::new() };
+pub(super) fn lines(
+    walk: &mut Walk<'_>,
+    root: Section<'_>,
+    seen: &mut Seen<'_>,
+) -> (Vec<ModbusLine>, Vec<Point>) {
     let mut points = Vec::new();
     let sections = walk.tables(root, "modbus", &LINE);
-    let lines = sections.into_iter().map(|section| line(walk, section, &mut seen, &mut points)).collect();
+    let lines = sections.into_iter().map(|section| line(walk, section, seen, &mut points)).collect();
     (lines, points)
 }
 

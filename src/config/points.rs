@@ -232,7 +232,7 @@ fn unit_of_measure(value: &Value) -> Result<String, Complaint> {
 }
 
 /// The rendered topic, published like every other point on it (P4: order is kept per topic, QoS and lane).
-fn topic(
+pub(super) fn topic(
     walk: &mut Walk<'_>,
     section: Section<'_>,
     id: &PointId,

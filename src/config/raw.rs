@@ -71,6 +71,7 @@ pub(super) const ROOT: Keys = Keys {
         key("control", "[control]"),
         known("commands", "[commands]", &["command"]),
         known("log", "[log]", &["logging", "logs"]),
+        known("machine", "[machine]", &["health", "system", "host"]),
         known("modbus", "[[modbus]]", &["line", "lines"]),
     ],
 };
@@ -221,6 +222,38 @@ const DEADBAND: Key = known("deadband", "deadband = 0.5", &["dead_band", "thresh
 const LONGEST_SILENCE: Key = known("longest_silence", "longest_silence = \"10min\"", &["heartbeat"]);
 const EXPIRES_AFTER: Key = known("expires_after", "expires_after = \"1d\"", &["expiry", "ttl"]);
 
+/// `[machine]`
+pub(super) const MACHINE: Keys = Keys {
+    header: "[machine]",
+    keys: &[
+        EVERY,
+        QOS,
+        RETAIN,
+        LANE,
+        TOPIC,
+        DEADBAND,
+        LONGEST_SILENCE,
+        EXPIRES_AFTER,
+        known("points", "points = [{ name = \"cpu_temperature\" }]", &["point", "sensors"]),
+    ],
+};
+
+/// One point of the machine.
+pub(super) const MACHINE_POINT: Keys = Keys {
+    header: "[[machine.points]]",
+    keys: &[
+        known("name", "name = \"cpu_temperature\"", &["id", "sensor"]),
+        EVERY,
+        QOS,
+        RETAIN,
+        LANE,
+        TOPIC,
+        DEADBAND,
+        LONGEST_SILENCE,
+        EXPIRES_AFTER,
+    ],
+};
+
 /// `[[modbus]]`
 pub(super) const LINE: Keys = Keys {
     header: "[[modbus]]",
@@ -314,6 +347,8 @@ pub(super) const TABLES: &[&Keys] = &[
     &CONTROL,
     &COMMANDS,
     &LOG,
+    &MACHINE,
+    &MACHINE_POINT,
     &LINE,
     &UNIT,
     &POINT,
@@ -612,6 +647,9 @@ mod tests {
                 }
                 if header == "[[modbus.unit]]" {
                     shown.insert(("[[modbus]]".to_owned(), "unit".to_owned()));
+                }
+                if header == MACHINE_POINT.header {
+                    shown.insert((MACHINE.header.to_owned(), "points".to_owned()));
                 }
                 if header == "[[modbus.unit.points]]" {
                     shown.insert(("[[modbus.unit]]".to_owned(), "points".to_owned()));

@@ -1,23 +1,25 @@
 //! What a configuration asks for and a broker it names does not have, in words. Nothing here is a problem: the agent
 //! does what it can, counts it, and says so.
 
-use super::{Broker, Config, Point};
+use super::{Broker, Config};
 use crate::message::Qos;
+use crate::policy::Reporting;
 
 pub(super) fn warnings(config: &Config) -> Vec<String> {
     let several = !config.other_brokers.is_empty();
     let mut warnings = Vec::new();
+    let points: Vec<&Reporting> = config.reporting().collect();
     for broker in config.brokers() {
         let header = if several { format!("[[broker]] {}", broker.host) } else { "[broker]".to_owned() };
-        warnings.extend(of(broker, &config.points).into_iter().map(|words| format!("{header} {words}")));
+        warnings.extend(of(broker, &points).into_iter().map(|words| format!("{header} {words}")));
     }
     warnings
 }
 
-fn of(broker: &Broker, points: &[Point]) -> Vec<String> {
+fn of(broker: &Broker, points: &[&Reporting]) -> Vec<String> {
     let mut warnings = Vec::new();
-    let asking = |asks: &dyn Fn(&Point) -> bool| {
-        let mut names = points.iter().filter(|point| asks(point)).map(|point| point.report.id.to_string());
+    let asking = |asks: &dyn Fn(&Reporting) -> bool| {
+        let mut names = points.iter().filter(|point| asks(point)).map(|point| point.id.to_string());
         let first = names.next()?;
         Some(match names.count() {
             0 => format!("{first} asks"),
@@ -25,7 +27,7 @@ fn of(broker: &Broker, points: &[Point]) -> Vec<String> {
         })
     };
     let max_qos = broker.max_qos.number();
-    if let Some(who) = asking(&|point| point.report.qos > broker.max_qos) {
+    if let Some(who) = asking(&|point| point.qos > broker.max_qos) {
         warnings.push(format!("max_qos = {max_qos}, but {who} for more: sent at QoS {max_qos}"));
     }
     if broker.max_qos == Qos::AtMostOnce {
@@ -34,7 +36,7 @@ fn of(broker: &Broker, points: &[Point]) -> Vec<String> {
         );
     }
     if !broker.retain {
-        if let Some(who) = asking(&|point| point.report.retain) {
+        if let Some(who) = asking(&|point| point.retain) {
             warnings.push(format!("retain = false, but {who} for it: sent without"));
         }
         warnings.push("retain = false: the broker keeps neither presence nor unit states".into());

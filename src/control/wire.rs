@@ -240,8 +240,11 @@ pub struct Status {
     /// The byte budget, if there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub budget: Option<Budget>,
-    /// Every line, in the order of the configuration.
+    /// Every line, in the order of the configuration, the machine itself behind them.
     pub lines: Vec<Line>,
+    /// What the machine said of itself last.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub machine: Vec<MachineValue>,
     /// Every counter of [`crate::stats::Stats`], since the agent started.
     pub counters: BTreeMap<String, u64>,
 }
@@ -346,6 +349,21 @@ pub struct Store {
     /// Whether it accepts messages.
     pub accepting: bool,
     /// Why not, in words.
+    pub error: Option<String>,
+}
+
+/// One thing that the machine tells.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MachineValue {
+    /// `cpu_temperature`, …
+    pub name: String,
+    /// A number, true or false; null where it could not be read.
+    pub value: Option<serde_json::Value>,
+    /// Its unit of measure.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unit: Option<String>,
+    /// Why it could not be read, in words.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
 }
 

@@ -88,7 +88,7 @@ fn value(entry: &Entry<'_>, message_at: Stamp) -> Object {
 }
 
 /// `serde_json` writes the shortest decimal that reads back the same, and `null` for what JSON has no number for.
-fn number(value: &Value) -> serde_json::Value {
+pub fn number(value: &Value) -> serde_json::Value {
     match value {
         Value::Bool(bit) => (*bit).into(),
         Value::Integer(integer) => (*integer).into(),

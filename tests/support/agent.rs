@@ -33,6 +33,8 @@ const FROZEN_VARIABLE: &str = "FIELDPOST_TEST_AGENT_FREEZES";
 const HASTE_VARIABLE: &str = "FIELDPOST_TEST_AGENT_HASTE";
 /// What can be frozen.
 const PARTS: [Part; 5] = [Part::Line, Part::Pipeline, Part::Dispatch, Part::Uplink, Part::Reporter];
+/// Where that agent finds its machine.
+const MACHINE_ROOT_VARIABLE: &str = "FIELDPOST_TEST_AGENT_MACHINE_ROOT";
 
 /// The binary under test; only integration tests are told where it is.
 pub fn binary() -> PathBuf {
@@ -227,6 +229,9 @@ impl Agent {
         }
         if faults.break_command_order {
             command.env(BREAK_COMMAND_ORDER_VARIABLE, "1");
+        }
+        if let Some(root) = faults.machine_root {
+            command.env(MACHINE_ROOT_VARIABLE, root);
         }
         command
     }
@@ -433,6 +438,8 @@ pub fn be_the_agent() {
         break_command_order: is_set(BREAK_COMMAND_ORDER_VARIABLE),
         frozen: PARTS.into_iter().find(|part| frozen.as_deref() == Some(&format!("{part:?}"))),
         haste: number(HASTE_VARIABLE).and_then(|haste| u32::try_from(haste).ok()).unwrap_or(0),
+        machine_root: std::env::var_os(MACHINE_ROOT_VARIABLE)
+            .map(|root| &*Box::leak(PathBuf::from(root).into_boxed_path())),
     };
     let config = fieldpost::config::load(Path::new(&file)).expect("the test wrote a good configuration");
     fieldpost::logging::start(&config.log);

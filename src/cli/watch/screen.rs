@@ -4,7 +4,7 @@
 //! always between two samples of one start of the agent.
 
 use super::super::columns::{Row, Tone, cut, padded, to_the_right, width, wrapped};
-use super::super::status::{bytes, grouped, span};
+use super::super::status::{bytes, grouped, machine, span};
 use super::super::warnings::{percent, warnings};
 use crate::control::wire::{LaneQueue, Line, LinkState, Status, Unit};
 
@@ -122,6 +122,7 @@ fn live(status: &Status, rates: Option<&Rates>, size: Size) -> Vec<Row> {
     lanes(&mut rows, status, rates);
     rows.push(flow(rates));
     store(&mut rows, status, rates);
+    rows.extend(machine(status).map(|words| heading("Machine").text(&words)));
     rows.push(Row::default());
     let room = size.rows.saturating_sub(rows.len());
     rows.extend(fitting(field(status), room, "more lines and units"));

@@ -640,7 +640,10 @@ fn remedy(fault: &Fault) -> &'static str {
         Fault::Timeout { .. } => "; check its power, its wiring and its unit identifier",
         Fault::BadReply { .. } => "; check that no two units have the same identifier",
         Fault::NotANumber { .. } => "; check the point's type and order",
-        Fault::Exception { .. } | Fault::LineDown { .. } | Fault::Resting { .. } => "",
+        Fault::Exception { .. }
+        | Fault::LineDown { .. }
+        | Fault::Unreadable { .. }
+        | Fault::Resting { .. } => "",
     }
 }
 
