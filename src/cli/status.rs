@@ -155,9 +155,10 @@ pub(super) fn machine(status: &Status) -> Option<String> {
     let told = |(name, before, after): &(&str, &str, &str)| {
         let value = status.machine.iter().find(|value| value.name == *name)?;
         let unit = value.unit.as_ref().map_or_else(String::new, |unit| format!(" {unit}"));
-        let number = match value.value.as_ref() {
-            None => return Some(format!("{before}unknown{after}")),
-            Some(number) => number.as_u64().map_or_else(|| number.to_string(), grouped),
+        let number = match value.value.as_ref().and_then(serde_json::Value::as_f64) {
+            None => return Some(format!("{} unknown", name.replace('_', " "))),
+            Some(number) if number < 1000.0 => number.to_string(),
+            Some(number) => grouped(number as u64),
         };
         Some(format!("{before}{number}{}{after}", printable(&unit)))
     };
@@ -165,7 +166,7 @@ pub(super) fn machine(status: &Status) -> Option<String> {
         ("cpu_temperature", "", ""),
         ("load", "load ", ""),
         ("memory_available", "", " of memory free"),
-        ("disk_written_per_day", "disk ", ""),
+        ("disk_written_per_day", "", " written"),
         ("disk_life_used", "", " of the disk's life"),
     ];
     let words: Vec<String> = words.iter().filter_map(told).collect();
@@ -215,7 +216,7 @@ fn broker(screen: &mut Screen, link: &Link) {
         let (in_flight, window) = (grouped(link.in_flight), grouped(link.window));
         let text =
             format!("{session}, {in_flight} of {window} in flight, keep alive {} s", link.keep_alive_s);
-        let round_trip = link.round_trip_ms.map(|ms| format!(", round trip {ms} ms"));
+        let round_trip = link.round_trip_ms.map(|ms| format!(", {}", round_trip(ms)));
         screen.line("", &(text + &round_trip.unwrap_or_default()));
     }
     for downgrade in &link.downgrades {
@@ -327,6 +328,11 @@ fn counted<'a>(counts: impl Iterator<Item = (&'a str, u64)>) -> Option<String> {
         .map(|(name, count)| format!("{} {}", grouped(count), printable(name).replace('_', " ")));
     let words: Vec<String> = words.collect();
     (!words.is_empty()).then(|| words.join(", "))
+}
+
+/// How long the broker takes to answer; milliseconds are counted whole.
+pub(super) fn round_trip(ms: u64) -> String {
+    if ms == 0 { "round trip below 1 ms".to_owned() } else { format!("round trip {ms} ms") }
 }
 
 /// A size in the largest binary unit that leaves at least 1 before the point.
@@ -520,7 +526,7 @@ Queue             messages       bytes        oldest  in flight  of its limit
 Store         NOT ACCEPTING: the disk is full, 2.1 MiB of 512.0 MiB (0 %), 12.3 GiB free on its disk
               /var/lib/fieldpost/outbox.db, epoch 3
 Budget        51.0 MiB of 50.0 MiB this month (102 %), holds back normal and bulk
-Machine       81.5 °C, load 0.52, 3,072 MiB of memory free, disk unknown
+Machine       81.5 °C, load 0.52, 3,072 MiB of memory free, disk written per day unknown
 Dropped       3 expired, 1,200 quota
 Commands      7 done, 1 unknown, 3 waiting
 Since start   messages possibly lost: 1

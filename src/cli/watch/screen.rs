@@ -4,7 +4,7 @@
 //! always between two samples of one start of the agent.
 
 use super::super::columns::{Row, Tone, cut, padded, to_the_right, width, wrapped};
-use super::super::status::{bytes, grouped, machine, span};
+use super::super::status::{bytes, grouped, machine, round_trip, span};
 use super::super::warnings::{percent, warnings};
 use crate::control::wire::{LaneQueue, Line, LinkState, Status, Unit};
 
@@ -183,14 +183,14 @@ fn link(rows: &mut Vec<Row>, status: &Status, rates: Option<&Rates>) {
     };
     rows.push(row.text(&format!(", {}, MQTT {}", link.broker, link.protocol)));
     if link.state == LinkState::Connected {
-        let round_trip = match link.round_trip_ms {
-            Some(ms) => format!("round trip {ms} ms"),
+        let answers = match link.round_trip_ms {
+            Some(ms) => round_trip(ms),
             None => "round trip not known yet".to_owned(),
         };
         let flight = format!("in flight {} of {}", grouped(link.in_flight), grouped(link.window));
         let sent = rates.map(|rates| format!(", {}/s", bytes(rates.sent_bytes as u64))).unwrap_or_default();
         let bar = bar(link.in_flight, link.window);
-        rows.push(heading("").text(&format!("{round_trip}, {flight} {bar}{sent}")));
+        rows.push(heading("").text(&format!("{answers}, {flight} {bar}{sent}")));
     }
 }
 
