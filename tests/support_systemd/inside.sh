@@ -115,6 +115,12 @@ echo "# status: $(is StatusText)"
 ok "a serial port is opened by way of the group dialout" \
     'within $patience "[[ \$(is StatusText) == *line1\ is\ down* ]]" && [[ $(is StatusText) != *ermission* ]]'
 
+ok "its log is in the journal with its priorities, and without times of its own" '
+    journalctl --unit $unit --priority warning --output cat | grep -q "^line1: down: " &&
+    journalctl --unit $unit --output cat | grep -q "^connected to the broker" &&
+    ! journalctl --unit $unit --priority warning --output cat | grep -q "^connected to the broker" &&
+    ! journalctl --unit $unit --output cat | grep -Eq "^(<[0-7]>|20[0-9]{2}-)"'
+
 # For twice as long as it would let the agent live.
 ok "the watchdog is fed" '
     fed=$(is WatchdogTimestampMonotonic)
