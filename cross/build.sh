@@ -7,7 +7,7 @@
 #
 # Without targets: all three. What is needed is found on this machine or fetched into target/cross (toolchain.sh), once.
 # Each program is checked (check.sh), gets its list of parts (sbom.py) and its line in SHA256SUMS, in target/cross/dist.
-# `--twice` builds in two folders of different names, with two cargo homes, and compares every byte.
+# `--twice` builds here and in a copy of another name with another cargo home, and compares every byte.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source=$PWD
@@ -39,7 +39,7 @@ build() {
     (cd "$folder" && CROSS_CONFIG=cross/Cross.toml CARGO_TARGET_DIR=$into \
       cross build --locked --profile "$profile" --target "$target" --bin fieldpost >&2)
   else
-    (cd "$folder" && env "${environment[@]}" CARGO_TARGET_DIR="$into" CARGO_NET_RETRY=5 \
+    (cd "$folder" && env "${environment[@]}" CARGO_NET_RETRY=5 \
       cargo build --locked --profile "$profile" --target "$target" --bin fieldpost "${options[@]}" >&2)
   fi
   echo "$into/$target/$profile/fieldpost"
@@ -59,18 +59,20 @@ copy() {
 
 if [ -n "$twice" ]; then
   for target in "${targets[@]}"; do
-    sums=()
-    for folder in "$cache/twice/a" "$cache/twice/another/and-a-longer-one"; do
-      copy "$folder"
+    say "$target in $source"
+    prepare "$source" "$cache/build" "$target" std,panic_abort
+    here=$(sum "$(build "$source" "$target" "$cache/build")")
+    folder=$cache/twice/in/another-place
+    say "$target in $folder"
+    copy "$folder"
+    there=$(
       export CARGO_HOME=$folder/cargo
-      prepare "$folder/sources" "$target" std,panic_abort
-      say "$target in $folder"
-      sums+=("$(sum "$(build "$folder/sources" "$target" "$folder/target")")")
-      unset CARGO_HOME
-    done
+      prepare "$folder/sources" "$folder/target" "$target" std,panic_abort
+      sum "$(build "$folder/sources" "$target" "$folder/target")"
+    )
     rm -rf "$cache/twice"
-    [ "${sums[0]}" = "${sums[1]}" ] || die "$target: two builds differ: ${sums[*]}"
-    echo "$target: the same from two folders, ${sums[0]}"
+    [ "$here" = "$there" ] || die "$target: two builds differ: $here, $there"
+    echo "$target: the same from two folders, $here"
   done
   exit
 fi
@@ -82,7 +84,7 @@ most=5000000
 mkdir -p "$dist"
 rows=()
 for target in "${targets[@]}"; do
-  prepare "$source" "$target" std,panic_abort
+  prepare "$source" "$cache/build" "$target" std,panic_abort
   say "$target: $compiler, library $std, $linker"
   began=$SECONDS
   program=$(build "$source" "$target" "$cache/build")

@@ -91,7 +91,7 @@ controls() {
     for other in aarch64-unknown-linux-gnu armv7-unknown-linux-gnueabihf arm-unknown-linux-musleabihf; do
       [ "$other" = "$target" ] || refused "that $target is not $other" "$program" "$other"
     done
-    case $target in *-musl*) ;; *) FIELDPOST_GLIBC_MAX=2.16 GLIBC_MAX=2.16 refused "that $target needs a newer glibc" "$program" "$target" ;; esac
+    case $target in *-musl*) ;; *) GLIBC_MAX=2.16 refused "that $target needs a newer glibc" "$program" "$target" ;; esac
   done
   [ "$seen" -gt 0 ] && [ "$failed" = 0 ] && echo "$seen spoilt programs were refused"
 }

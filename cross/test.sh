@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Runs a gateway's program on this machine, emulated:
-#   cross/test.sh TARGET [--smoke] [--profile release|quick] [--lib] [--test NAME]... [PART_OF_A_NAME]...
+#   cross/test.sh TARGET [--smoke|--suite] [--profile release|quick] [--lib] [--test NAME]... [PART_OF_A_NAME]...
 #
 # First the program of cross/build.sh: its version, a configuration checked, and 400 messages at QoS 2 to a real
 # mosquitto, with a SIGKILL between them, counted at a subscriber. On ARMv6 the processor is that of a Pi Zero.
-# Then, unless `--smoke`, the test suite, built for the target. What follows chooses of it: `--lib --test power`.
+# Then the test suite, built for the target. What follows chooses of it: `--lib --test power`. `--smoke` is the first
+# part alone, `--suite` the second.
 # Tests that emulation cannot do are in `left-out`, with reasons, and are named when they are left out.
 #
 # The emulator is the machine's, or Debian's unpacked into target/cross. Nothing is registered with the kernel: the
@@ -16,10 +17,11 @@ source=$PWD
 
 target=${1:-}
 [ $# -gt 0 ] && shift
-smoke='' profile=release
+smoke=yes suite=yes profile=release
 while [ $# -gt 0 ]; do
   case $1 in
-    --smoke) smoke=yes; shift ;;
+    --smoke) suite=''; shift ;;
+    --suite) smoke=''; shift ;;
     --profile) profile=$2; shift 2 ;;
     *) break ;;
   esac
@@ -30,7 +32,7 @@ case $target in
   aarch64-unknown-linux-gnu) emulator=qemu-aarch64 sysroot=aarch64-linux-gnu packages=libc6-arm64-cross ;;
   armv7-unknown-linux-gnueabihf) emulator=qemu-arm sysroot=arm-linux-gnueabihf packages=libc6-armhf-cross ;;
   arm-unknown-linux-musleabihf) emulator=qemu-arm sysroot='' packages='' ;;
-  *) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 1 ;;
+  *) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 1 ;;
 esac
 
 # ---- the emulator --------------------------------------------------------------------------------------------
@@ -65,7 +67,7 @@ have mosquitto_sub || install mosquitto_sub mosquitto-clients
 dist=$cache/dist
 [ "$profile" = release ] || dist=$cache/$profile
 program=$dist/fieldpost-$target
-[ -x "$program" ] || die "There is no $program: build it with cross/build.sh --profile $profile $target"
+[ -z "$smoke" ] || [ -x "$program" ] || die "There is no $program: build it with cross/build.sh --profile $profile $target"
 
 MESSAGES=400
 folder=$(mktemp -d)
@@ -125,42 +127,45 @@ deliver() {
   echo "$MESSAGES of $MESSAGES messages came once and in order, past a SIGKILL"
 }
 
-say "$target under $(basename "${runner%% *}")$(case $target in arm-*) echo " -cpu arm1176" ;; esac)"
-fieldpost --version
-# shellcheck disable=SC2086
-deliver $runner
+run_program() {
+  say "$target under $(basename "${runner%% *}")$(case $target in arm-*) echo " -cpu arm1176" ;; esac)"
+  fieldpost --version
+  # shellcheck disable=SC2086
+  deliver $runner
 
-# A clock that was set wrong, past the end of 32 bits: the emulator itself is lied to, so that static programs are too.
-case $target in
-  arm*)
-    if [ ! -x "$emulated/usr/bin/$emulator" ]; then
-      private_apt "$(dpkg --print-architecture)" || die "$emulator is missing"
-      # shellcheck disable=SC2046
-      unpack "$(dpkg --print-architecture)" "$emulated" qemu-user $(missing_libraries qemu-user | grep -v '^qemu')
-    fi
-    lies=$cache/lies
-    mkdir -p "$lies"
-    cc -shared -fPIC -O1 -o "$lies/shim.so" tests/support_faults/shim.c -ldl
-    python3 -c 'import struct, sys, time
+  # A clock that was set wrong, past the end of 32 bits: the emulator itself is lied to, so that static programs are too.
+  case $target in
+    arm*)
+      if [ ! -x "$emulated/usr/bin/$emulator" ]; then
+        private_apt "$(dpkg --print-architecture)" || die "$emulator is missing"
+        # shellcheck disable=SC2046
+        unpack "$(dpkg --print-architecture)" "$emulated" qemu-user $(missing_libraries qemu-user | grep -v '^qemu')
+      fi
+      lies=$cache/lies
+      mkdir -p "$lies"
+      cc -shared -fPIC -O1 -o "$lies/shim.so" tests/support_faults/shim.c -ldl
+      python3 -c 'import struct, sys, time
 sys.stdout.buffer.write(struct.pack("<10q", *[0] * 6, (2_240_000_000 - int(time.time())) * 1000, *[0] * 3))' > "$lies/switches"
-    say "the same in the year 2040"
-    # shellcheck disable=SC2086
-    deliver env "LD_PRELOAD=$lies/shim.so" "FIELDPOST_TEST_FAULTS=$lies/switches" \
-      "LD_LIBRARY_PATH=$(echo "$emulated"/usr/lib/*-linux-gnu)" \
-      "$emulated/usr/bin/$emulator" -U LD_PRELOAD -U LD_LIBRARY_PATH ${runner#*-static}
-    grep -q '^2040-' "$folder/agent.log" || die "the agent's clock does not say 2040" "$(tail -5 "$folder/agent.log")" ;;
-esac
-[ -z "$smoke" ] || exit 0
+      say "the same in the year 2040"
+      # shellcheck disable=SC2086
+      deliver env "LD_PRELOAD=$lies/shim.so" "FIELDPOST_TEST_FAULTS=$lies/switches" \
+        "LD_LIBRARY_PATH=$(echo "$emulated"/usr/lib/*-linux-gnu)" \
+        "$emulated/usr/bin/$emulator" -U LD_PRELOAD -U LD_LIBRARY_PATH ${runner#*-static}
+      grep -q '^2040-' "$folder/agent.log" || die "the agent's clock does not say 2040" "$(tail -5 "$folder/agent.log")" ;;
+  esac
+}
+[ -z "$smoke" ] || run_program
+[ -n "$suite" ] || exit 0
 
 # ---- the tests -----------------------------------------------------------------------------------------------
 
 cargo nextest --version >/dev/null 2>&1 || die "cargo-nextest is missing: cargo install --locked cargo-nextest"
 [ -n "$sysroot" ] || die "The test suite is for targets with glibc: its faults are preloaded libraries."
-prepare "$source" "$target" std,panic_unwind,test,proc_macro
+prepare "$source" "$cache/build" "$target" std,panic_unwind,test,proc_macro
 name=${target//-/_}
 cc=$cache/bin/cc-$target
 [[ $linker = zig* ]] || cc=$(gcc_of "$target")-gcc
-environment+=("CARGO_TARGET_${name^^}_RUNNER=$runner" "CARGO_TARGET_DIR=$cache/build" "FIELDPOST_TEST_RUNNER=$runner"
+environment+=("CARGO_TARGET_${name^^}_RUNNER=$runner" "FIELDPOST_TEST_RUNNER=$runner"
   "FIELDPOST_TEST_CC=$cc" "FIELDPOST_TEST_PATIENCE=${FIELDPOST_TEST_PATIENCE:-4}")
 nextest() {
   local command=$1

@@ -169,23 +169,22 @@ executable() { cat > "$1.new" && chmod +x "$1.new" && mv "$1.new" "$1"; }
 
 # ---- one target ----------------------------------------------------------------------------------------------
 
-# Sets what cargo needs to build the sources in a folder for a target: `std`, `compiler` and `linker` in words,
-# `environment` and `options` for cargo. The crates of a library that is built are the third argument.
+# Sets what cargo needs to build the sources in a folder into another for a target: `std`, `compiler` and `linker` in
+# words, `environment` and `options` for cargo. The crates of a library that is built are the last argument.
 prepare() {
-  local built=$1 target=$2 crates=$3 name upper cc ar flags home=${CARGO_HOME:-$HOME/.cargo} rustflags=()
+  local folder=$1 into=$2 target=$3 crates=$4 name upper cc ar flags seconds='' home=${CARGO_HOME:-$HOME/.cargo} rustflags=()
   name=${target//-/_}
   upper=${name^^}
   environment=() options=() std='' linker='' compiler=''
   have cc || install "a C compiler" gcc libc6-dev
   need_cargo
 
-  if have rustup && rustup target list --installed 2>/dev/null | grep -qx "$target"; then
+  if have rustup && [[ " $(rustup target list --installed 2>/dev/null | xargs) " = *" $target "* ]]; then
     std=rustup
     compiler=$(rustc --version)
   elif debian_rust; then
     compiler=$(cat "$rust/version")
     environment+=("RUSTC=$rust/usr/bin/rustc" "LD_LIBRARY_PATH=$(echo "$rust"/usr/lib/*-linux-gnu)")
-    rustflags+=("--remap-path-prefix=$rust=/rust")
     if [ -d "$rust/usr/lib/rustlib/$target/lib" ]; then
       std=Debian
     else
@@ -221,15 +220,23 @@ SCRIPT
     cc=$(gcc_of "$target")-gcc ar=$(gcc_of "$target")-ar
     have "$cc" || install "$cc" "gcc-$(gcc_of "$target")" "libc6-dev-$([[ $target = aarch64* ]] && echo arm64 || echo armhf)-cross"
     linker="gcc $("$cc" -dumpversion)"
+    # From glibc 2.33 on a 32-bit SQLite learns nothing of files dated after 2038, unless it counts seconds in 64 bits.
+    if [[ $target = arm* ]]; then seconds=" -D_TIME_BITS=64 -D_FILE_OFFSET_BITS=64"; fi
   else
     die "There is no linker for $target: zig could not be fetched from PyPI (cross/requirements.txt)."
   fi
   # rustc's own start-up objects are only in rustup's library; zig brings its own.
   if [[ $target = *-musl* ]]; then rustflags+=("-Clink-self-contained=no"); fi
 
-  # Paths of the machine that builds are nobody's business, and would make every build another one.
-  rustflags+=("--remap-path-prefix=$home=/cargo" "--remap-path-prefix=$cache=/target" "--remap-path-prefix=$built=/fieldpost")
-  flags="-g0 -ffile-prefix-map=$home=/cargo -ffile-prefix-map=$cache=/target -ffile-prefix-map=$built=/fieldpost"
+  # Paths of the machine that builds are nobody's business, and would make every build another one. The last that fits
+  # counts, and each of these may lie within the one before.
+  flags="-g0$seconds"
+  local map
+  for map in "$cache=/cache" "$folder=/fieldpost" "$into=/target" "$home=/cargo" "$cache/debian=/rust"; do
+    rustflags+=("--remap-path-prefix=$map")
+    flags+=" -ffile-prefix-map=$map"
+  done
   environment+=("CC_$name=$cc" "AR_$name=$ar" "CFLAGS_$name=$flags" "CARGO_TARGET_${upper}_LINKER=$cc"
+    "CARGO_TARGET_DIR=$into"
     "CARGO_ENCODED_RUSTFLAGS=$(IFS=$'\x1f'; echo "${rustflags[*]}")")
 }
