@@ -83,7 +83,7 @@ until_true() { # SECONDS WHAT COMMAND...
   local deadline=$((SECONDS + $1)) what=$2
   shift 2
   until "$@"; do
-    [ "$SECONDS" -lt "$deadline" ] || die "never $what" "$(tail -20 "$folder"/*.log)"
+    [ "$SECONDS" -lt "$deadline" ] || die "never $what" "$(tail -n 20 "$folder"/*.log)"
     sleep 0.2
   done
 }
@@ -122,7 +122,7 @@ deliver() {
   seq $((MESSAGES / 2 + 1)) $MESSAGES | fieldpost publish --topic x/y --qos 2 --count --config "$folder/fieldpost.toml"
   until_true 120 "delivered" delivered
   kill -TERM "$agent"
-  wait "$agent" || die "the agent did not stop well" "$(tail -20 "$folder/agent.log")"
+  wait "$agent" || die "the agent did not stop well" "$(tail -n 20 "$folder/agent.log")"
   diff <(seq 1 $MESSAGES) "$folder/received" >&2 || die "not every message came once and in order"
   echo "$MESSAGES of $MESSAGES messages came once and in order, past a SIGKILL"
 }
@@ -151,7 +151,7 @@ sys.stdout.buffer.write(struct.pack("<10q", *[0] * 6, (2_240_000_000 - int(time.
       deliver env "LD_PRELOAD=$lies/shim.so" "FIELDPOST_TEST_FAULTS=$lies/switches" \
         "LD_LIBRARY_PATH=$(echo "$emulated"/usr/lib/*-linux-gnu)" \
         "$emulated/usr/bin/$emulator" -U LD_PRELOAD -U LD_LIBRARY_PATH ${runner#*-static}
-      grep -q '^2040-' "$folder/agent.log" || die "the agent's clock does not say 2040" "$(tail -5 "$folder/agent.log")" ;;
+      grep -q '^2040-' "$folder/agent.log" || die "the agent's clock does not say 2040" "$(tail -n 5 "$folder/agent.log")" ;;
   esac
 }
 [ -z "$smoke" ] || run_program
