@@ -1,4 +1,4 @@
-//! Builds every task from the configuration, joins them with channels, stops them in order.
+//! Builds every task from the configuration, joins them with channels, changes them when it changes, stops them in order.
 //!
 //! ```text
 //! lines ──readings──► pipeline ──► store ◄──► uplink        reporter answers the control socket
@@ -8,58 +8,51 @@
 //! Invariant: a stop follows the flow (dispatch, sources, pipeline, uplink, store), each with a deadline; whatever is
 //! not sent by then is in the database.
 
+mod field;
+mod reload;
+mod settings;
+
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{error, info, warn};
 
 use crate::clock;
-use crate::config::{self, Config};
+use crate::config::Config;
+use crate::control::wire::Answer;
 use crate::control::{self, BindError};
-use crate::dispatch::desk::Limits;
-use crate::dispatch::{self, LineEnd};
-use crate::health::{Facts, Reporter};
-use crate::message::{Qos, TopicError};
-use crate::pipeline;
-use crate::point::{PointIndex, Reading};
-use crate::policy::Policy;
-use crate::policy::command::{self, Allowed, WritablePoint};
+use crate::health::{Reporter, Scope};
+use crate::message::TopicError;
+use crate::point::Reading;
 use crate::policy::format::Speaker;
 use crate::progress::{Patience, Pulse};
 use crate::service::Service;
-use crate::source::machine::{self, Machine, MachinePoint, Values};
-use crate::source::modbus::{self, LateReplies, Line, LinePoint, LineStatus, Unit};
+use crate::source::machine::{self, Values};
+use crate::source::modbus::{self, LineStatus};
 use crate::stats::Stats;
 use crate::store::{self, Store, StoreError};
-use crate::uplink::connection::{self, LinkStatus, Stop, Uplink};
-use crate::uplink::packet;
-use crate::uplink::presence::Presence;
-use crate::uplink::session;
+use crate::uplink::connection::{self, LinkStatus, Orders, Stop, Uplink};
+use field::Field;
+use settings::{Seat, facts, modbus_line, orders};
 
-/// Readings on their way to the pipeline.
-const READINGS_MAX: usize = 1024;
+pub(crate) use settings::store_settings;
+
 /// QoS 0 messages on their way to the uplink.
 const QOS0_MAX: usize = 256;
 /// Announcements on their way to the uplink: every unit's state and the health message.
 const ANNOUNCEMENTS_MAX: usize = 1024;
 /// Control requests on their way to the reporter.
 const REQUESTS_MAX: usize = 64;
-/// Writes on their way to one line: it has at most one at a time.
-const WRITES_MAX: usize = 1;
-/// Ends of writes on their way to dispatch.
-const WRITTEN_MAX: usize = 64;
-/// How long a write that has begun may take beside its line's own timeouts.
-const WRITE_PATIENCE: Duration = Duration::from_secs(5);
-/// Timeouts of its line that a write may take: what is under way before it, its request, and reading back.
-const WRITE_TIMEOUTS: u32 = 4;
+/// Reloads that are asked for while one goes on.
+const RELOADS_MAX: usize = 4;
 /// How long the store may take to close.
 const CLOSE_DEADLINE: Duration = Duration::from_secs(10);
 /// How long a stop may take beside `drain_timeout`: the goodbye, the control socket, closing, and some to spare.
@@ -148,25 +141,26 @@ impl Faults {
     }
 }
 
-/// Runs until it is asked to stop by SIGTERM or SIGINT.
+/// Runs until it is asked to stop by SIGTERM or SIGINT. By SIGHUP, or through the control socket, it is asked to read
+/// `file`, an absolute path, again and to go on with what it says.
 ///
 /// # Errors
 /// It could not start, or ended without being asked to.
-pub async fn run(config: Config) -> Result<(), AgentError> {
-    run_with(config, Faults::default()).await
+pub async fn run(config: Config, file: PathBuf) -> Result<(), AgentError> {
+    run_with(config, file, Faults::default()).await
 }
 
 /// Like [`run`], with faults.
 ///
 /// # Errors
 /// As [`run`].
-pub async fn run_with(config: Config, faults: Faults) -> Result<(), AgentError> {
+pub async fn run_with(config: Config, file: PathBuf, faults: Faults) -> Result<(), AgentError> {
     let mut signals = Signals::new()?;
     let (summary, shown) = watch::channel(String::new());
     let service = Service::begin(shown)?;
-    let agent = Agent::start(&config, faults, &service, summary)?;
+    let agent = Agent::start(config, file, faults, &service, summary).await?;
     service.ready();
-    agent.until_stopped(&mut signals, config.gateway.drain_timeout, &service).await
+    agent.until_stopped(&mut signals, &service).await
 }
 
 /// Runs the sources alone, until it is asked to stop or `readings` is closed.
@@ -178,20 +172,21 @@ pub async fn run_dry(config: Config, readings: mpsc::Sender<Reading>) -> Result<
     let stats = Arc::new(Stats::default());
     let (stop, stopped) = watch::channel(false);
     let mut lines = JoinSet::new();
-    for line in &config.modbus {
-        let line = modbus_line(&config, line);
+    for (number, line) in config.modbus.iter().enumerate() {
+        let first_point = line.units.first().map_or(0, |unit| unit.points.start);
+        let line = modbus_line(&config, line, Seat { line: number, first_point });
         let (status, _) = watch::channel(LineStatus::of(&line));
         let ((_, writes), (written, _)) = (mpsc::channel(1), mpsc::channel(1)); // nobody writes here
         let (readings, stats, stop) = (readings.clone(), Arc::clone(&stats), stopped.clone());
         lines.spawn(modbus::run(line, readings, writes, written, status, stats, stop));
     }
-    if let Some(machine) = machine(&config, clock::now(), Faults::default()) {
+    if let Some(machine) = settings::machine(&config, config.points.len(), clock::now(), Faults::default()) {
         let ((status, _), (values, _)) = (watch::channel(machine::status()), watch::channel(Values::new()));
         let (readings, stats, stop) = (readings.clone(), Arc::clone(&stats), stopped.clone());
         lines.spawn(machine::run(machine, readings, status, values, stats, stop));
     }
     tokio::select! {
-        () = signals.next() => {}
+        _ = signals.next() => {}
         () = readings.closed() => {}
     }
     drop(readings);
@@ -200,15 +195,21 @@ pub async fn run_dry(config: Config, readings: mpsc::Sender<Reading>) -> Result<
     Ok(())
 }
 
-/// SIGTERM and SIGINT.
+/// SIGTERM, SIGINT and SIGHUP.
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
-    /// Handled, or it would end the process.
-    _hangup: Signal,
+    hang_up: Signal,
     /// Handled, or the first write beyond a limit on file sizes (`ulimit -f`) would end the process. So it is an
     /// error of that write.
     _file_size: Signal,
+}
+
+/// What a signal asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Asked {
+    Stop,
+    Reload,
 }
 
 impl Signals {
@@ -216,39 +217,57 @@ impl Signals {
         Ok(Signals {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
-            _hangup: signal(SignalKind::hangup())?,
+            hang_up: signal(SignalKind::hangup())?,
             _file_size: signal(SignalKind::from_raw(rustix::process::Signal::XFSZ.as_raw()))?,
         })
     }
 
-    async fn next(&mut self) {
+    async fn next(&mut self) -> Asked {
         tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => Asked::Stop,
+            _ = self.interrupt.recv() => Asked::Stop,
+            _ = self.hang_up.recv() => Asked::Reload,
+        }
+    }
+
+    /// The next one that asks to stop; a stop is not the time to read a configuration.
+    async fn stop(&mut self) {
+        while self.next().await != Asked::Stop {
+            warn!("not reloaded: the agent is stopping");
         }
     }
 }
 
-/// Every task, and how it is told to stop.
+/// Every task, and how it is told to stop or to change.
 struct Agent {
-    /// Held until the stop, so that an agent without lines has a pipeline too.
-    readings: Option<mpsc::Sender<Reading>>,
-    dispatch: JoinSet<()>,
-    stop_dispatch: watch::Sender<bool>,
-    lines: JoinSet<()>,
-    stop_lines: watch::Sender<bool>,
-    pipeline: JoinSet<()>,
+    /// What it runs by, and where that was read.
+    config: Config,
+    file: PathBuf,
+    faults: Faults,
+    speaker: Speaker,
+    field: Field,
     uplink: JoinSet<()>,
+    orders: watch::Sender<Orders>,
     stop_uplink: watch::Sender<Stop>,
     reporter: JoinSet<()>,
+    scope: watch::Sender<Scope>,
+    reloads: mpsc::Receiver<oneshot::Sender<Answer>>,
     stop_reporter: watch::Sender<bool>,
     store: store::Handle,
     store_thread: JoinHandle<()>,
 }
 
+enum Wake {
+    Stop,
+    /// Asked for by a signal, or by somebody who waits for the answer.
+    Reload(Option<oneshot::Sender<Answer>>),
+    Ended,
+}
+
 impl Agent {
-    fn start(
-        config: &Config,
+    async fn start(
+        config: Config,
+        file: PathBuf,
         faults: Faults,
         service: &Service,
         summary: watch::Sender<String>,
@@ -256,7 +275,7 @@ impl Agent {
         let started = clock::now();
         let stats = Arc::new(Stats::default());
         let pulse = faults.pulse(service, Part::Store, "the store");
-        let mut store = Store::open(store::Settings { pulse, ..store_settings(config, faults) })?;
+        let mut store = Store::open(store::Settings { pulse, ..store_settings(&config, faults) })?;
         let boot = store.boot().clone();
         let listener = control::bind(&config.control.socket)?;
         let speaker = Speaker {
@@ -265,86 +284,45 @@ impl Agent {
             boot: u64::from(boot.boot),
             instance: fastrand::u64(..),
         };
-        let presence = Presence::new(&config.gateway.base_topic, speaker.clone())?;
-        let brokers = config.brokers().map(|broker| uplink_settings(config, broker, &speaker, faults));
-        let brokers = brokers.collect::<Result<Vec<_>, _>>()?;
-        let owners: Vec<_> = brokers.iter().map(connection::Settings::owner).collect();
+        let orders = orders(&config, &speaker, faults)?;
+        let owners: Vec<_> = orders.brokers.iter().map(connection::Settings::owner).collect();
         let settled = store.keep_owners(&owners, config.broker.on_session_loss)?;
         stats.possibly_doubled.add(settled.possibly_doubled);
         stats.possibly_lost.add(settled.possibly_lost);
         let (store, store_thread) = store::spawn(store, Arc::clone(&stats))?;
 
-        let (readings, from_lines) = mpsc::channel(READINGS_MAX);
         let (qos0, to_send) = mpsc::channel(QOS0_MAX);
         let (announcements, to_announce) = mpsc::channel(ANNOUNCEMENTS_MAX);
         let (requests, asked) = mpsc::channel(REQUESTS_MAX);
+        let (asks_reload, reloads) = mpsc::channel(RELOADS_MAX);
         let (link_status, link) = watch::channel(LinkStatus::new());
-        let (stop_dispatch, dispatch_stopped) = watch::channel(false);
-        let (stop_lines, lines_stopped) = watch::channel(false);
         let (stop_uplink, uplink_stopped) = watch::channel(Stop::No);
         let (stop_reporter, reporter_stopped) = watch::channel(false);
 
-        let mut lines = JoinSet::new();
-        let mut line_states = Vec::new();
-        let mut line_ends = Vec::new();
-        let (written, from_lines_written) = mpsc::channel(WRITTEN_MAX);
-        for line in &config.modbus {
-            let (writes, to_write) = mpsc::channel(WRITES_MAX);
-            line_ends.push(LineEnd { writes, patience: WRITE_TIMEOUTS * line.timeout + WRITE_PATIENCE });
-            let pulse = faults.pulse(service, Part::Line, &format!("line {}", line.name));
-            let line = Line { pulse, ..modbus_line(config, line) };
-            let (status, state) = watch::channel(LineStatus::of(&line));
-            line_states.push(state);
-            let (readings, stats, stop) = (readings.clone(), Arc::clone(&stats), lines_stopped.clone());
-            let task = modbus::run(line, readings, to_write, written.clone(), status, stats, stop);
-            lines.spawn(faults.freeze(Part::Line, task));
-        }
-        let (values, machine_values) = watch::channel(Values::new());
-        if let Some(machine) = machine(config, started, faults) {
-            let (status, state) = watch::channel(machine::status());
-            line_states.push(state);
-            let (readings, stats, stop) = (readings.clone(), Arc::clone(&stats), lines_stopped.clone());
-            lines.spawn(machine::run(machine, readings, status, values, stats, stop));
-        }
+        let mut field = Field::new(&config, &store, qos0.clone(), &stats, faults, started, service);
+        field.change(&config, service).await;
 
-        let mut dispatch = JoinSet::new();
-        let settings = dispatch_settings(config, line_ends, faults);
-        let (to_dispatch, counters) = (store.clone(), Arc::clone(&stats));
-        let pulse = faults.pulse(service, Part::Dispatch, "the commands");
-        let task =
-            dispatch::run(settings, to_dispatch, from_lines_written, counters, dispatch_stopped, pulse);
-        dispatch.spawn(faults.freeze(Part::Dispatch, task));
-
-        let mut pipeline = JoinSet::new();
-        let reporting = config.reporting().cloned().collect();
-        let policy = Policy::new(&config.gateway.id, &clock::boot_id(), reporting);
-        let (counters, pulse) = (Arc::clone(&stats), faults.pulse(service, Part::Pipeline, "the pipeline"));
-        let task = pipeline::run(policy, from_lines, store.clone(), qos0.clone(), counters, pulse);
-        pipeline.spawn(faults.freeze(Part::Pipeline, task));
-
-        let task = Uplink::new(
-            brokers,
-            store.clone(),
-            Arc::clone(&stats),
-            link_status,
-            to_send,
-            to_announce,
-            uplink_stopped,
-        )?;
+        let scope = settings::scope(&config, &orders.presence, &field);
+        let (orders, to_uplink) = watch::channel(orders);
         let mut uplink = JoinSet::new();
-        uplink
-            .spawn(faults.freeze(Part::Uplink, task.run(faults.pulse(service, Part::Uplink, "the uplink"))));
+        let (outbox, counters) = (store.clone(), Arc::clone(&stats));
+        let task =
+            Uplink::new(to_uplink, outbox, counters, link_status, to_send, to_announce, uplink_stopped);
+        let pulse = faults.pulse(service, Part::Uplink, "the uplink");
+        uplink.spawn(faults.freeze(Part::Uplink, task.run(pulse)));
 
         let mut reporter = JoinSet::new();
-        let facts = facts(config, started);
+        let facts = facts(&config, started);
+        let (scopes_to, scopes) = watch::channel(scope.clone());
+        let outbox = store.clone();
         let task = Reporter {
             facts,
-            presence,
-            store: store.clone(),
+            scope,
+            scopes,
+            reloads: asks_reload,
+            store: outbox,
             stats,
             link,
-            lines: line_states,
-            machine: machine_values,
             announcements,
             qos0,
             summary,
@@ -367,39 +345,35 @@ impl Agent {
             env!("CARGO_PKG_VERSION")
         );
         Ok(Agent {
-            readings: Some(readings),
-            dispatch,
-            stop_dispatch,
-            lines,
-            stop_lines,
-            pipeline,
+            config,
+            file,
+            faults,
+            speaker,
+            field,
             uplink,
+            orders,
             stop_uplink,
             reporter,
+            scope: scopes_to,
+            reloads,
             stop_reporter,
             store,
             store_thread,
         })
     }
 
-    async fn until_stopped(
-        mut self,
-        signals: &mut Signals,
-        drain: Duration,
-        service: &Service,
-    ) -> Result<(), AgentError> {
-        let asked = tokio::select! {
-            () = signals.next() => true,
-            // None of these ends before it is told to; an empty set of lines is no end.
-            Some(_) = self.lines.join_next(), if !self.lines.is_empty() => false,
-            Some(_) = self.dispatch.join_next() => false,
-            Some(_) = self.pipeline.join_next() => false,
-            Some(_) = self.uplink.join_next() => false,
-            Some(_) = self.reporter.join_next() => false,
+    async fn until_stopped(mut self, signals: &mut Signals, service: &Service) -> Result<(), AgentError> {
+        let asked = loop {
+            match self.wait(signals).await {
+                Wake::Stop => break true,
+                Wake::Reload(reply) => self.reload(reply, service).await,
+                Wake::Ended => break false,
+            }
         };
         if !asked {
             error!("a part of the agent has ended unasked; everything stops");
         }
+        let drain = self.config.gateway.drain_timeout;
         service.stopping(drain + STOP_BESIDE_DRAIN);
         info!("stopping: what is in flight is finished first, a second signal skips that");
         let again = {
@@ -407,7 +381,7 @@ impl Agent {
             tokio::pin!(stopping);
             tokio::select! {
                 () = &mut stopping => false,
-                () = signals.next() => true,
+                () = signals.stop() => true,
             }
         };
         if again {
@@ -420,21 +394,32 @@ impl Agent {
         if asked { Ok(()) } else { Err(AgentError::Unasked) }
     }
 
-    /// In the order of the flow: writes under way are finished, nothing new comes in, what came in is stored, what is
-    /// in flight is finished.
+    async fn wait(&mut self, signals: &mut Signals) -> Wake {
+        tokio::select! {
+            asked = signals.next() => match asked {
+                Asked::Stop => Wake::Stop,
+                Asked::Reload => Wake::Reload(None),
+            },
+            Some(reply) = self.reloads.recv() => Wake::Reload(Some(reply)),
+            // None of these ends before it is told to.
+            () = self.field.ended() => Wake::Ended,
+            Some(_) = self.uplink.join_next() => Wake::Ended,
+            Some(_) = self.reporter.join_next() => Wake::Ended,
+        }
+    }
+
+    /// In the order of the flow; what is in flight is finished.
     async fn stop(&mut self, deadline: Instant) {
-        let _gone = self.stop_dispatch.send(true);
-        join(&mut self.dispatch, deadline, "the commands").await;
-        let _gone = self.stop_lines.send(true);
-        join(&mut self.lines, deadline, "the lines").await;
-        self.readings = None;
-        join(&mut self.pipeline, deadline, "the pipeline").await;
+        self.field.stop(deadline).await;
         let _gone = self.stop_uplink.send(Stop::DrainUntil(deadline));
         // Beyond the deadline the uplink still says goodbye.
         join(&mut self.uplink, deadline + Duration::from_secs(5), "the uplink").await;
     }
 
     async fn close(mut self) {
+        // Whoever has asked for a reload meanwhile is told that the agent is stopping.
+        self.reloads.close();
+        while self.reloads.try_recv().is_ok() {}
         let _gone = self.stop_reporter.send(true);
         join(&mut self.reporter, Instant::now() + Duration::from_secs(1), "the control socket").await;
         let deadline = Instant::now() + CLOSE_DEADLINE;
@@ -442,7 +427,8 @@ impl Agent {
             error!("the database did not close in time; it is whole all the same");
             return;
         }
-        drop(self.store);
+        // The last handles of the store's thread.
+        drop((self.store, self.field, self.orders));
         if self.store_thread.join().is_err() {
             error!("the store's thread has panicked");
         }
@@ -454,159 +440,5 @@ async fn join(tasks: &mut JoinSet<()>, deadline: Instant, what: &str) {
     if timeout_at(deadline, all).await.is_err() {
         warn!("{what} did not stop in time and were cut off");
         tasks.abort_all();
-    }
-}
-
-/// What the store of this configuration is opened with.
-pub(crate) fn store_settings(config: &Config, faults: Faults) -> store::Settings {
-    store::Settings {
-        path: config.store.path.clone(),
-        quota: config.store.quota,
-        when_full: config.store.when_full,
-        lanes: config.store.lanes,
-        min_free_disk: config.store.min_free_disk,
-        replay: config.replay,
-        budget: config.budget,
-        commit_interval: config.store.commit_interval,
-        pulse: Pulse::default(),
-        faults: faults.store,
-    }
-}
-
-fn uplink_settings(
-    config: &Config,
-    broker: &config::Broker,
-    speaker: &Speaker,
-    faults: Faults,
-) -> Result<connection::Settings, TopicError> {
-    let base = config.gateway.base_topic.clone();
-    let ms = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
-    let session = session::Settings {
-        protocol: broker.protocol,
-        keep_alive_ms: ms(broker.keep_alive),
-        ack_timeout_ms: ms(broker.ack_timeout),
-        max_in_flight: broker.max_in_flight,
-        qos2_window: broker.qos2_window,
-        limits: packet::Limits {
-            max_qos: Some(broker.max_qos.number()),
-            retain_available: Some(broker.retain),
-            max_packet_bytes: broker.max_packet_out,
-            ..packet::Limits::default()
-        },
-        clean_start: broker.clean_start,
-        on_session_loss: broker.on_session_loss,
-        retry_refused_for_ms: ms(broker.retry_refused_for),
-        canary: crate::message::Topic::new(&format!("{base}/canary"))?,
-        presence: crate::message::Topic::new(&format!("{base}/state"))?,
-        // What nobody may write to is not asked for: some brokers disconnect whoever subscribes to what he may not.
-        commands: match writable_points(config).is_empty() {
-            true => Vec::new(),
-            false => vec![(config.commands.topic.to_string(), Qos::ExactlyOnce)],
-        },
-        broken: faults.break_pubrel_order.then_some(session::Broken::PubrelAfterCommit),
-    };
-    Ok(connection::Settings {
-        host: broker.host.clone(),
-        port: broker.port,
-        tls: broker.tls.clone(),
-        client_id: broker.client_id.clone(),
-        username: broker.username.clone(),
-        password_file: broker.password_file.clone(),
-        session_expiry: broker.session_expiry,
-        connect_timeout: broker.connect_timeout,
-        backoff_max: broker.backoff_max,
-        max_packet: broker.max_packet,
-        will: broker.will,
-        failover_after: broker.failover_after,
-        failback_every: broker.failback_every,
-        base,
-        speaker: speaker.clone(),
-        session,
-    })
-}
-
-fn dispatch_settings(config: &Config, lines: Vec<LineEnd>, faults: Faults) -> dispatch::Settings {
-    let commands = &config.commands;
-    dispatch::Settings {
-        gateway: config.gateway.id.clone(),
-        judge: command::Settings {
-            points: writable_points(config),
-            ttl: commands.ttl,
-            max_ttl: commands.max_ttl,
-            answer_topic: commands.answer_topic.clone(),
-            response_topics: commands.response_topics.clone(),
-        },
-        limits: Limits { max_per_second: commands.max_per_second, burst: commands.burst },
-        lines,
-        break_order: faults.break_command_order,
-    }
-}
-
-fn writable_points(config: &Config) -> Vec<WritablePoint> {
-    let writable = |(line, unit): (usize, &config::ModbusUnit)| {
-        let points = unit.points.clone().filter_map(move |index| {
-            let point = &config.points[index];
-            let allowed = match point.writable? {
-                modbus::Writable::Coil => Allowed::Bool,
-                modbus::Writable::Range { min, max } => Allowed::Number { min, max },
-            };
-            Some(WritablePoint { name: point.report.id.to_string(), index: PointIndex(index), line, allowed })
-        });
-        points.collect::<Vec<_>>()
-    };
-    let units = config.modbus.iter().enumerate();
-    let units = units.flat_map(|(line, modbus)| modbus.units.iter().map(move |unit| (line, unit)));
-    units.flat_map(writable).collect()
-}
-
-fn facts(config: &Config, started: clock::Stamp) -> Facts {
-    Facts {
-        gateway: config.gateway.id.clone(),
-        store_path: config.store.path.display().to_string(),
-        health_interval: config.gateway.health_interval,
-        boot_id: clock::boot_id(),
-        started,
-    }
-}
-
-fn machine(config: &Config, started: clock::Stamp, faults: Faults) -> Option<Machine> {
-    let point = |(at, point): (usize, &config::MachinePoint)| MachinePoint {
-        index: PointIndex(config.points.len() + at),
-        sensor: point.sensor,
-        every: point.every,
-    };
-    Some(Machine {
-        points: config.machine.as_ref()?.points.iter().enumerate().map(point).collect(),
-        store: config.store.path.clone(),
-        started,
-        root: faults.machine_root.unwrap_or(Path::new("/")).to_owned(),
-    })
-}
-
-fn modbus_line(config: &Config, line: &config::ModbusLine) -> Line {
-    let point = |index: usize| {
-        let point = &config.points[index];
-        LinePoint {
-            index: PointIndex(index),
-            name: point.report.id.point.clone(),
-            space: point.space,
-            address: point.address,
-            encoding: point.encoding.clone(),
-            every: point.every,
-            writable: point.writable,
-        }
-    };
-    let unit = |unit: &config::ModbusUnit| Unit {
-        name: unit.name.clone(),
-        unit: unit.unit,
-        points: unit.points.clone().map(point).collect(),
-    };
-    Line {
-        name: line.name.clone(),
-        transport: line.transport.clone(),
-        timeout: line.timeout,
-        late_replies: LateReplies::Discard,
-        units: line.units.iter().map(unit).collect(),
-        pulse: Pulse::default(),
     }
 }

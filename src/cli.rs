@@ -8,6 +8,7 @@ mod check;
 mod columns;
 mod publish;
 mod queue;
+mod reload;
 mod retained;
 mod run;
 mod status;
@@ -48,6 +49,8 @@ enum Command {
     Run(run::Run),
     /// Check a configuration file: exit status 78 and every problem, or 0
     Check(check::Check),
+    /// Have the running agent read its configuration again: what has changed, or why it goes on with the old one
+    Reload(reload::Reload),
     /// Show how the running agent is doing
     Status(status::ShowStatus),
     /// Hand messages to the running agent; "accepted" means that they are on disk
@@ -92,6 +95,10 @@ enum Failure {
     Agent(#[from] AgentError),
     #[error("fieldpost: {0}")]
     Client(#[from] ClientError),
+    #[error("{0}\nfieldpost: not reloaded; the agent goes on with the configuration it has")]
+    BadReload(String),
+    #[error("fieldpost: not reloaded: {0}")]
+    NotReloaded(String),
     #[error("fieldpost: not accepted: {0}")]
     Refused(String),
     #[error("fieldpost: the agent's answer does not fit the question; is it another version?")]
@@ -147,6 +154,10 @@ impl Failure {
                 complain(problems);
                 ExitCode::from(EXIT_CONFIGURATION)
             }
+            Failure::BadReload(_) => {
+                complain(self);
+                ExitCode::from(EXIT_CONFIGURATION)
+            }
             // What ends the agent belongs into its log, with its priority.
             Failure::Agent(error) if tracing::enabled!(tracing::Level::ERROR) => {
                 tracing::error!("{error}");
@@ -188,6 +199,7 @@ pub fn main() -> ExitCode {
     let outcome = match cli.command {
         Command::Run(command) => command.run(),
         Command::Check(command) => command.run(),
+        Command::Reload(command) => command.run(),
         Command::Status(command) => command.run(),
         Command::Publish(command) => command.run(),
         Command::Queue(command) => command.run(),
@@ -240,6 +252,9 @@ mod tests {
             "run gateway.toml",
             "run gateway.toml --dry",
             "check gateway.toml",
+            "reload",
+            "reload gateway.toml --json",
+            "reload --socket /run/x.sock",
             "status",
             "status --json --socket /run/x.sock",
             "status gateway.toml",

@@ -4,8 +4,10 @@
 //! knows the file's spelling (`raw`), and nothing outside knows TOML.
 
 mod broker;
+mod change;
 mod check;
 mod commands;
+mod files;
 mod log;
 mod machine;
 mod modbus;
@@ -36,6 +38,8 @@ pub use crate::source::modbus::{Parity, SerialPort, Transport};
 pub use crate::store::{BudgetPeriod, BudgetSettings, LaneLimits, Replay, ReplayOrder, WhenFull};
 pub use crate::turn::OnSessionLoss;
 pub use crate::uplink::tls::Settings as Tls;
+pub use change::{Difference, Needs};
+pub use files::Files;
 pub use place::{Problem, Problems, Spot};
 
 /// Everything the agent needs to know.
@@ -77,6 +81,11 @@ impl Config {
     pub fn reporting(&self) -> impl Iterator<Item = &Reporting> {
         let machine = self.machine.iter().flat_map(|machine| &machine.points);
         self.points.iter().map(|point| &point.report).chain(machine.map(|point| &point.report))
+    }
+
+    /// What is different in another configuration, in the order of the file; empty: it is the same.
+    pub fn differences(&self, new: &Config) -> Vec<Difference> {
+        change::differences(self, new)
     }
 
     /// What will not be done as the points ask for it, because the broker is configured not to have it; a sentence
@@ -158,6 +167,8 @@ pub struct Broker {
     /// While messages go here, how often the brokers before it are asked whether they are back. Default 5 min, 1 s to
     /// 1 d.
     pub failback_every: Duration,
+    /// What the files named above hold.
+    pub files: Files,
 }
 
 /// Where messages wait.

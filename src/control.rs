@@ -72,6 +72,8 @@ pub enum Ask {
     Publish(Message),
     /// [`Answer::Messages`], [`Answer::DeadLetters`] or [`Answer::Changed`].
     Queue(wire::QueueAsk),
+    /// [`Answer::Reloaded`] or [`Answer::NotReloaded`].
+    Reload,
 }
 
 /// Why there is no control socket.

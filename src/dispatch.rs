@@ -5,6 +5,7 @@
 
 pub mod desk;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,9 +28,11 @@ use desk::{Desk, Effect, Limits};
 /// Pause before a question to a database that failed is put again.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
 
-/// What the task is made with.
-#[derive(Debug)]
+/// What the task is made with, and what may change while it runs.
+#[derive(Debug, Clone)]
 pub struct Settings {
+    /// Goes up with each change.
+    pub number: u64,
     /// The gateway's id.
     pub gateway: String,
     /// What commands are judged by.
@@ -43,8 +46,10 @@ pub struct Settings {
 }
 
 /// Our end of a line.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct LineEnd {
+    /// The line's number, never used twice.
+    pub line: usize,
     /// Takes writes.
     pub writes: mpsc::Sender<Write>,
     /// How long a write that has begun may take before its end counts as unknown.
@@ -56,6 +61,7 @@ enum Event {
     Stepped(CommandStep, Option<Stepped>),
     NotHandedOver(Ticket),
     Written(Written),
+    Changed,
     Tick,
     Idle,
     Stop,
@@ -63,29 +69,36 @@ enum Event {
 
 type Question = BoxFuture<'static, Event>;
 
+/// Our ends of the lines, by their numbers.
+type Lines = BTreeMap<usize, mpsc::Sender<Write>>;
+
 /// Carries out commands until `stop` says so, then waits for the writes that are under way. The caller sets the
 /// deadline of that; what is not over by then is answered as unknown at the next start.
+///
+/// `settings` may change: commands that wait are judged by the new ones, and a line that is not among them gets no new
+/// write. `settled` is told the number of the newest settings once no other line has a write under way.
 pub async fn run(
-    settings: Settings,
+    mut settings: watch::Receiver<Settings>,
+    settled: watch::Sender<u64>,
     store: store::Handle,
     mut written: mpsc::Receiver<Written>,
     stats: Arc<Stats>,
     mut stop: watch::Receiver<bool>,
     pulse: Pulse,
 ) {
-    let patience_ms: Vec<u64> = settings
-        .lines
-        .iter()
-        .map(|line| u64::try_from(line.patience.as_millis()).unwrap_or(u64::MAX))
-        .collect();
-    let judge = Judge::new(settings.judge);
-    let now_ms = clock::now().mono_ms;
-    let mut desk =
-        Desk::new(&settings.gateway, judge, settings.limits, &patience_ms, Arc::clone(&stats), now_ms);
-    if settings.break_order {
+    let mut number;
+    let mut lines = Lines::new();
+    let mut desk = {
+        let settings = settings.borrow_and_update();
+        number = settings.number;
+        lines.extend(settings.lines.iter().map(|end| (end.line, end.writes.clone())));
+        let (judge, patience_ms) = (Judge::new(settings.judge.clone()), patience_ms(&settings));
+        let now_ms = clock::now().mono_ms;
+        Desk::new(&settings.gateway, judge, settings.limits, patience_ms, Arc::clone(&stats), now_ms)
+    };
+    if settings.borrow().break_order {
         desk.break_order();
     }
-    let lines: Vec<_> = settings.lines.into_iter().map(|line| line.writes).collect();
     let mut newest = store.newest_command();
     let mut questions: FuturesUnordered<Question> = FuturesUnordered::new();
     let Some(()) = interrupted(&store, &mut desk, &mut stop, &pulse).await else { return };
@@ -95,6 +108,10 @@ pub async fn run(
         refusals.look();
         for effect in desk.take_effects() {
             questions.extend(carry_out(effect, &store, &lines).await);
+        }
+        if *settled.borrow() != number && !desk.is_leaving() {
+            settled.send_replace(number);
+            lines.retain(|line, _| desk.has(*line));
         }
         if stopping && desk.is_idle() {
             return;
@@ -117,6 +134,7 @@ pub async fn run(
         let event = tokio::select! {
             Some(event) = questions.next() => event,
             Some(written) = written.recv() => Event::Written(written),
+            Ok(()) = settings.changed() => Event::Changed,
             Ok(()) = newest.changed() => Event::Tick,
             () = tick => Event::Tick,
             () = sleep(IDLE) => Event::Idle,
@@ -135,6 +153,13 @@ pub async fn run(
             Event::Stepped(step, stepped) => desk.on_stepped(step, stepped, now),
             Event::NotHandedOver(ticket) => desk.on_not_handed_over(ticket, now),
             Event::Written(written) => desk.on_written(written, now),
+            Event::Changed => {
+                let settings = settings.borrow_and_update();
+                number = settings.number;
+                lines.extend(settings.lines.iter().map(|end| (end.line, end.writes.clone())));
+                let (judge, patience_ms) = (Judge::new(settings.judge.clone()), patience_ms(&settings));
+                desk.change(judge, settings.limits, &patience_ms, now);
+            }
             Event::Tick => desk.tick(now),
             Event::Idle => {}
             Event::Stop => {
@@ -218,7 +243,12 @@ async fn interrupted(
     }
 }
 
-async fn carry_out(effect: Effect, store: &store::Handle, lines: &[mpsc::Sender<Write>]) -> Option<Question> {
+fn patience_ms(settings: &Settings) -> BTreeMap<usize, u64> {
+    let ms = |end: &LineEnd| u64::try_from(end.patience.as_millis()).unwrap_or(u64::MAX);
+    settings.lines.iter().map(|end| (end.line, ms(end))).collect()
+}
+
+async fn carry_out(effect: Effect, store: &store::Handle, lines: &Lines) -> Option<Question> {
     match effect {
         Effect::Step(step) => {
             // In the order of the effects; only their commits are awaited together.
@@ -233,7 +263,7 @@ async fn carry_out(effect: Effect, store: &store::Handle, lines: &[mpsc::Sender<
         }
         Effect::Write { line, write } => {
             let ticket = write.ticket;
-            let handed = lines.get(line).is_some_and(|line| line.try_send(write).is_ok());
+            let handed = lines.get(&line).is_some_and(|line| line.try_send(write).is_ok());
             (!handed).then(|| -> Question { Box::pin(std::future::ready(Event::NotHandedOver(ticket))) })
         }
     }

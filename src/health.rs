@@ -19,7 +19,7 @@ use crate::clock::{self, Stamp};
 use crate::control::wire::{self, Answer};
 use crate::control::{Ask, Request};
 use crate::logging::left_out;
-use crate::message::{Lane, Message, Qos};
+use crate::message::{Lane, Message, Qos, Topic};
 use crate::point::{Fault, Value};
 use crate::policy::format::{
     self, BudgetHealth, CommandsHealth, Health, LaneHealth, LineHealth, LinkHealth, StoreHealth,
@@ -45,6 +45,22 @@ const PUBLISHING_MAX: usize = 4096;
 /// Corrections of the clock that wait for a store that takes nothing, at most.
 const CORRECTIONS_MAX: usize = 64;
 
+/// Topics of which the broker is told that nothing is there any more, at most; beyond it the first are forgotten.
+const GONE_MAX: usize = 512;
+
+/// What a changed configuration changes of what is told.
+#[derive(Debug, Clone)]
+pub struct Scope {
+    /// How often the health message is published.
+    pub health_interval: Duration,
+    /// Topics and payloads of what we say about ourselves.
+    pub presence: Presence,
+    /// Every line's state, in the order of the configuration.
+    pub lines: Vec<watch::Receiver<LineStatus>>,
+    /// What the machine said of itself last.
+    pub machine: watch::Receiver<Values>,
+}
+
 /// What does not change while the agent runs.
 #[derive(Debug, Clone)]
 pub struct Facts {
@@ -52,8 +68,6 @@ pub struct Facts {
     pub gateway: String,
     /// The database file.
     pub store_path: String,
-    /// How often the health message is published.
-    pub health_interval: Duration,
     /// The kernel's name for this boot.
     pub boot_id: String,
     /// When the agent started.
@@ -64,18 +78,18 @@ pub struct Facts {
 pub struct Reporter {
     /// What does not change.
     pub facts: Facts,
-    /// Topics and payloads of what we say about ourselves.
-    pub presence: Presence,
+    /// What does, as it is now.
+    pub scope: Scope,
+    /// As it is to be.
+    pub scopes: watch::Receiver<Scope>,
+    /// Whoever asks for the configuration to be read again.
+    pub reloads: mpsc::Sender<oneshot::Sender<Answer>>,
     /// The outbox.
     pub store: store::Handle,
     /// The counters.
     pub stats: Arc<Stats>,
     /// The link's state.
     pub link: watch::Receiver<LinkStatus>,
-    /// Every line's state, in the order of the configuration.
-    pub lines: Vec<watch::Receiver<LineStatus>>,
-    /// What the machine said of itself last.
-    pub machine: watch::Receiver<Values>,
     /// To the uplink: what is said outside the store.
     pub announcements: mpsc::Sender<Announcement>,
     /// To the uplink: QoS 0 messages.
@@ -89,6 +103,7 @@ pub struct Reporter {
 enum Wake {
     Asked(Request),
     Published(oneshot::Sender<Answer>, Answer),
+    Changed,
     Tick,
     Stop,
 }
@@ -110,12 +125,14 @@ impl Reporter {
             let wake = tokio::select! {
                 Some((reply, answer)) = publishing.next() => Wake::Published(reply, answer),
                 Some(request) = requests.recv(), if publishing.len() < PUBLISHING_MAX => Wake::Asked(request),
+                Ok(()) = self.scopes.changed() => Wake::Changed,
                 _ = ticks.tick() => Wake::Tick,
                 _ = stop.wait_for(|stop| *stop) => Wake::Stop,
             };
             match wake {
                 Wake::Asked(request) => publishing.extend(self.answer(request).await),
                 Wake::Published(reply, answer) => tell(reply, answer),
+                Wake::Changed => self.adopt(&mut told),
                 Wake::Tick => {
                     corrections.extend(watch.look(clock::now()));
                     let beyond = corrections.len().saturating_sub(CORRECTIONS_MAX);
@@ -140,12 +157,45 @@ impl Reporter {
         }
     }
 
+    /// Takes the new scope, and notes what the broker keeps of the old one and nobody will speak of again.
+    fn adopt(&mut self, told: &mut Told) {
+        let before = self.kept_topics();
+        self.scope = self.scopes.borrow_and_update().clone();
+        let now = self.kept_topics();
+        let is_gone = |topic: &Topic| !now.contains(topic);
+        told.gone.extend(before.iter().cloned());
+        told.gone.retain(is_gone);
+        told.gone.drain(..told.gone.len().saturating_sub(GONE_MAX));
+        told.cleared = false;
+        if before != now {
+            // What is said once more costs a message; what is not may have been cleared.
+            told.units.clear();
+            told.health = None;
+        }
+    }
+
+    /// Every topic on which the broker keeps something of ours.
+    fn kept_topics(&self) -> Vec<Topic> {
+        let lines: Vec<_> = self.scope.lines.iter().map(|line| line.borrow().clone()).collect();
+        let of_line = |line: &LineStatus| -> Vec<(String, String)> {
+            line.units.iter().map(|unit| (line.name.clone(), unit.name.clone())).collect()
+        };
+        let units: Vec<_> = lines.iter().flat_map(of_line).collect();
+        self.scope.presence.kept_topics(units.iter().map(|(line, unit)| (line.as_str(), unit.as_str())))
+    }
+
     async fn answer(&self, Request { ask, reply }: Request) -> Option<Published> {
         match ask {
             Ask::Status => tell(reply, Answer::Status(Box::new(self.status().await))),
             Ask::Queue(ask) => {
                 let store = self.store.clone();
                 return Some(Box::pin(async move { (reply, browse(&store, &ask).await) }));
+            }
+            Ask::Reload => {
+                if let Err(refused) = self.reloads.try_send(reply) {
+                    let reason = "the agent is stopping, or busy with other reloads; try again".to_owned();
+                    tell(refused.into_inner(), Answer::Refused { reason });
+                }
             }
             Ask::Publish(message) if message.qos == Qos::AtMostOnce => {
                 let answer = match self.qos0.try_send(message) {
@@ -186,7 +236,7 @@ impl Reporter {
             Some(Err(error)) => summary::Queue::Unreadable(error.to_string()),
             None => return, // the agent is stopping
         };
-        let lines: Vec<_> = self.lines.iter().map(|line| line.borrow().clone()).collect();
+        let lines: Vec<_> = self.scope.lines.iter().map(|line| line.borrow().clone()).collect();
         let text = summary(&self.link.borrow(), &queue, &lines);
         self.summary.send_replace(text);
     }
@@ -199,9 +249,15 @@ impl Reporter {
             // A new connection is told everything anew: retained states may have been lost with the session, and it
             // may be to another broker.
             (told.units, told.health, told.connects) = (BTreeMap::new(), None, connects);
+            told.cleared = false;
         }
         if !connected {
             return;
+        }
+        if !told.cleared {
+            // What does not fit is told at the next look.
+            let clears = |topic: &Topic| self.announcements.try_send(Presence::cleared(topic)).is_ok();
+            told.cleared = told.gone.iter().all(clears);
         }
         self.tell_units(told);
         let Some(look) = look else { return };
@@ -212,7 +268,7 @@ impl Reporter {
         if !look.gaps.is_empty() {
             self.tell_gaps(&look.gaps, told).await;
         }
-        if told.health.is_none_or(|at| at.elapsed() >= self.facts.health_interval) {
+        if told.health.is_none_or(|at| at.elapsed() >= self.scope.health_interval) {
             told.health = Some(Instant::now());
             let health = self.health(look);
             self.announce(health);
@@ -220,7 +276,7 @@ impl Reporter {
     }
 
     fn tell_units(&self, told: &mut Told) {
-        for line in &self.lines {
+        for line in &self.scope.lines {
             let line = line.borrow();
             for unit in line.units.iter().filter(|unit| unit.polls > 0) {
                 let key = (line.name.clone(), unit.name.clone());
@@ -228,7 +284,7 @@ impl Reporter {
                     continue;
                 }
                 let fault = (!unit.ok).then(|| unit.last_error.as_deref().unwrap_or("it failed"));
-                match self.presence.unit(&line.name, &unit.name, fault, clock::now()) {
+                match self.scope.presence.unit(&line.name, &unit.name, fault, clock::now()) {
                     Ok(announcement) => self.announce(announcement),
                     Err(error) => {
                         let (line, unit) = (&*line.name, &*unit.name);
@@ -246,7 +302,7 @@ impl Reporter {
         let text =
             format::damage(&self.facts.gateway, damage.salvaged, damage.lost, &damage.what, clock::now());
         let alarm = Message {
-            topic: self.presence.alarm_topic().clone(),
+            topic: self.scope.presence.alarm_topic().clone(),
             qos: Qos::AtLeastOnce,
             retain: false,
             lane: Lane::Alarm,
@@ -267,7 +323,7 @@ impl Reporter {
         while let Some(correction) = corrections.first() {
             let now = clock::now();
             let message = Message {
-                topic: self.presence.clock_topic().clone(),
+                topic: self.scope.presence.clock_topic().clone(),
                 qos: Qos::AtLeastOnce,
                 retain: false,
                 lane: Lane::Alarm,
@@ -292,7 +348,7 @@ impl Reporter {
 
     async fn tell_gaps(&self, gaps: &[Gap], told: &mut Told) {
         let message = |gap: &Gap| Message {
-            topic: self.presence.gap_topic().clone(),
+            topic: self.scope.presence.gap_topic().clone(),
             qos: Qos::AtLeastOnce,
             retain: false,
             lane: Lane::Alarm,
@@ -344,7 +400,7 @@ impl Reporter {
         });
         let dropped = dropped_by_reason(look);
         let dropped: Vec<(&str, u64)> = dropped.iter().map(|(reason, n)| (reason.as_str(), *n)).collect();
-        let lines: Vec<_> = self.lines.iter().map(|line| line.borrow().clone()).collect();
+        let lines: Vec<_> = self.scope.lines.iter().map(|line| line.borrow().clone()).collect();
         let lines: Vec<_> = lines
             .iter()
             .map(|line| LineHealth {
@@ -357,7 +413,7 @@ impl Reporter {
                     .collect(),
             })
             .collect();
-        self.presence.health(&Health {
+        self.scope.presence.health(&Health {
             at: now,
             uptime_s: now.ms_since(self.facts.started) / 1000,
             epoch: look.boot.epoch,
@@ -441,8 +497,8 @@ impl Reporter {
                 per: budget.per.name().into(),
                 held_back: budget.held_back.iter().map(|lane| lane.name().to_owned()).collect(),
             }),
-            lines: self.lines.iter().map(|line| line_status(&line.borrow(), now)).collect(),
-            machine: self.machine.borrow().iter().map(machine_value).collect(),
+            lines: self.scope.lines.iter().map(|line| line_status(&line.borrow(), now)).collect(),
+            machine: self.scope.machine.borrow().iter().map(machine_value).collect(),
             counters: self.stats.all().into_iter().map(|(name, n)| (name.to_owned(), n)).collect(),
         }
     }
@@ -488,6 +544,10 @@ struct Told {
     connects: u64,
     /// Told once, through the store: it needs no repetition.
     damage: Option<Damage>,
+    /// Topics that a change of the configuration left behind at the broker.
+    gone: Vec<Topic>,
+    /// Whether this connection was told of them.
+    cleared: bool,
 }
 
 impl Told {
@@ -500,6 +560,8 @@ impl Told {
             started: Instant::now(),
             connects: 0,
             damage: None,
+            gone: Vec::new(),
+            cleared: false,
         }
     }
 

@@ -7,14 +7,14 @@ use std::sync::Arc;
 
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep};
 use tracing::{debug, info, warn};
 
 use crate::clock;
 use crate::message::{Lane, Message, Qos};
 use crate::point::{PointIndex, Reading};
-use crate::policy::{Policy, Report};
+use crate::policy::{Policy, Report, Reporting};
 use crate::progress::{IDLE, Pulse};
 use crate::stats::Stats;
 use crate::store;
@@ -30,20 +30,25 @@ const TOO_SLOW: &str = "the store is too slow: 4096 messages wait for their comm
 /// Turns readings into messages until every source has hung up, then waits for the last commits. The caller
 /// sets the deadline of that.
 ///
-/// QoS 0 messages go to `qos0` as long as there is room.
+/// QoS 0 messages go to `qos0` as long as there is room. `points` says how points are reported, whenever that changes;
+/// what has arrived before is reported first.
 pub async fn run(
     policy: Policy,
+    mut points: watch::Receiver<Vec<(PointIndex, Reporting)>>,
     mut readings: mpsc::Receiver<Reading>,
     store: store::Handle,
     qos0: mpsc::Sender<Message>,
     stats: Arc<Stats>,
     pulse: Pulse,
 ) {
-    let mut desk = Desk { policy, qos0, stats, outstanding: 0, refusals: Default::default() };
+    let mut desk =
+        Desk { policy, qos0, stats, outstanding: 0, refusals: Default::default(), before_change: None };
     let started = Instant::now();
     let mut appends = FuturesUnordered::new();
     loop {
         let event = tokio::select! {
+            biased; // or the reading of a new point could come before the point
+            Ok(()) = points.changed() => Event::Changed(points.borrow_and_update().clone(), readings.len()),
             Some((lane, points, outcome)) = appends.next() => Event::Settled(lane, points, outcome),
             reading = readings.recv() => match reading {
                 Some(reading) => Event::Read(reading),
@@ -82,6 +87,8 @@ async fn settled(
 
 /// Everything that happens here.
 enum Event {
+    /// Points are reported like this from now on. So many readings arrived before.
+    Changed(Vec<(PointIndex, Reporting)>, usize),
     /// A unit was read.
     Read(Reading),
     /// The store has spoken about a batch: its first message's lane, the points of each of its messages, and why it was
@@ -106,18 +113,39 @@ struct Desk {
     outstanding: usize,
     /// The store accepts no messages of a lane, which may be full when others are not; in the order of [`Lane::ALL`].
     refusals: [Trouble; 3],
+    /// Readings to come that may be of points that are gone; `None`: none of those is left.
+    before_change: Option<usize>,
 }
 
 impl Desk {
     /// Times are in ms of a monotonic clock.
     fn handle(&mut self, event: Event, now_ms: u64) -> Option<Batch> {
         match event {
-            Event::Read(reading) => self.read(&reading, now_ms),
+            Event::Changed(points, before) => {
+                self.policy.change(points);
+                self.before_change = Some(before);
+                self.drop_gone();
+                None
+            }
+            Event::Read(reading) => {
+                let batch = self.read(&reading, now_ms);
+                self.before_change = self.before_change.map(|before| before.saturating_sub(1));
+                self.drop_gone();
+                batch
+            }
             Event::Settled(lane, points, outcome) => {
                 self.settle(lane, &points, outcome, now_ms);
                 None
             }
             Event::Idle => None,
+        }
+    }
+
+    /// Once everything that a line has sent before it ended is reported.
+    fn drop_gone(&mut self) {
+        if self.before_change == Some(0) {
+            self.policy.drop_gone();
+            self.before_change = None;
         }
     }
 
@@ -203,9 +231,20 @@ mod tests {
 
     /// A desk for `points` points, and the uplink's end of its QoS 0 channel, which has room for one message.
     fn desk(points: usize, qos: Qos) -> (Desk, mpsc::Receiver<Message>) {
-        let policy = Policy::new("g", "boot", (0..points).map(|point| reporting(point, qos)).collect());
+        let mut policy = Policy::new("g", "boot");
+        policy.change((0..points).map(|point| (PointIndex(point), reporting(point, qos))).collect());
         let (qos0, uplink) = mpsc::channel(1);
-        (Desk { policy, qos0, stats: Arc::default(), outstanding: 0, refusals: Default::default() }, uplink)
+        (
+            Desk {
+                policy,
+                qos0,
+                stats: Arc::default(),
+                outstanding: 0,
+                refusals: Default::default(),
+                before_change: None,
+            },
+            uplink,
+        )
     }
 
     fn reading(points: usize, mono_ms: u64) -> Event {

@@ -59,7 +59,7 @@ pub struct Report {
 pub struct Policy {
     gateway: String,
     boot_id: String,
-    points: Vec<Point>,
+    points: HashMap<PointIndex, Point>,
     /// Samples within their dead band so far.
     pub within_deadband: u64,
 }
@@ -69,28 +69,45 @@ struct Point {
     reporting: Reporting,
     filter: Filter,
     /// The first point that shares its messages.
-    group: usize,
+    group: PointIndex,
+    /// It was not among the points of the last change.
+    is_gone: bool,
 }
 
 impl Policy {
-    /// A policy for the gateway of that id, in this boot of the machine. [`PointIndex`] counts in `points`.
-    pub fn new(gateway: &str, boot_id: &str, points: Vec<Reporting>) -> Self {
-        let mut groups = HashMap::new();
-        let table = points.into_iter().enumerate().map(|(index, reporting)| {
-            let group = *groups.entry(shared(&reporting)).or_insert(index);
-            let filter = Filter::new(reporting.deadband, reporting.longest_silence);
-            Point { reporting, filter, group }
-        });
-        let table = table.collect();
+    /// A policy for the gateway of that id, in this boot of the machine, which knows no point yet.
+    pub fn new(gateway: &str, boot_id: &str) -> Self {
         let (gateway, boot_id) = (gateway.to_owned(), boot_id.to_owned());
-        Policy { gateway, boot_id, points: table, within_deadband: 0 }
+        Policy { gateway, boot_id, points: HashMap::new(), within_deadband: 0 }
+    }
+
+    /// From now on points are reported like this. One that is reported as before keeps its dead band's memory, any
+    /// other is reported at its next sample; one that is not among them goes on until [`Policy::drop_gone`], for
+    /// readings that are on their way.
+    pub fn change(&mut self, points: Vec<(PointIndex, Reporting)>) {
+        let mut groups = HashMap::new();
+        self.points.values_mut().for_each(|point| point.is_gone = true);
+        for (index, reporting) in points {
+            let group = *groups.entry(shared(&reporting)).or_insert(index);
+            let before = self.points.remove(&index).filter(|point| point.reporting == reporting);
+            let filter = match before {
+                Some(before) => before.filter,
+                None => Filter::new(reporting.deadband, reporting.longest_silence),
+            };
+            self.points.insert(index, Point { reporting, filter, group, is_gone: false });
+        }
+    }
+
+    /// Forgets the points that were not among those of the last change.
+    pub fn drop_gone(&mut self) {
+        self.points.retain(|_, point| !point.is_gone);
     }
 
     /// What a reading is worth telling, in the order of the configuration.
     pub fn on_reading(&mut self, reading: &Reading) -> Vec<Report> {
-        let mut worth_it: Vec<(usize, &Sample)> = Vec::with_capacity(reading.samples.len());
+        let mut worth_it: Vec<(PointIndex, &Sample)> = Vec::with_capacity(reading.samples.len());
         for sample in &reading.samples {
-            let Some(point) = self.points.get_mut(sample.point.0) else { continue };
+            let Some(point) = self.points.get_mut(&sample.point) else { continue };
             if point.filter.report(&sample.value, sample.at.mono_ms) {
                 worth_it.push((point.group, sample));
             } else {
@@ -104,19 +121,19 @@ impl Policy {
     /// Reports these points at their next sample, whatever it is: the message with the last one was not taken.
     pub fn forget(&mut self, points: &[PointIndex]) {
         for index in points {
-            if let Some(point) = self.points.get_mut(index.0) {
+            if let Some(point) = self.points.get_mut(index) {
                 point.filter.forget();
             }
         }
     }
 
     /// `samples` is not empty, and all are of points of one group.
-    fn report(&self, samples: &[(usize, &Sample)]) -> Report {
-        let shared = &self.points[samples[0].0].reporting;
+    fn report(&self, samples: &[(PointIndex, &Sample)]) -> Report {
+        let shared = &self.points[&samples[0].0].reporting;
         let entries: Vec<Entry<'_>> = samples
             .iter()
             .map(|(_, sample)| {
-                let Reporting { id, unit, .. } = &self.points[sample.point.0].reporting;
+                let Reporting { id, unit, .. } = &self.points[&sample.point].reporting;
                 Entry { name: &id.point, unit: unit.as_deref(), at: sample.at, value: &sample.value }
             })
             .collect();
@@ -171,10 +188,21 @@ mod tests {
         Reading { samples: samples.collect() }
     }
 
+    /// A policy for these points, numbered in their order.
+    fn policy(gateway: &str, points: Vec<Reporting>) -> Policy {
+        let mut policy = Policy::new(gateway, "boot");
+        policy.change(numbered(points));
+        policy
+    }
+
+    fn numbered(points: Vec<Reporting>) -> Vec<(PointIndex, Reporting)> {
+        points.into_iter().enumerate().map(|(index, point)| (PointIndex(index), point)).collect()
+    }
+
     /// Topic and the names of the points of each report.
     fn summary(policy: &Policy, reports: &[Report]) -> Vec<(String, Vec<String>)> {
         let names = |report: &Report| {
-            let name = |point: &PointIndex| policy.points[point.0].reporting.id.point.to_string();
+            let name = |point: &PointIndex| policy.points[point].reporting.id.point.to_string();
             report.points.iter().map(name).collect()
         };
         reports.iter().map(|report| (report.message.topic.to_string(), names(report))).collect()
@@ -199,7 +227,7 @@ mod tests {
             Reporting { unit: Some("V".into()), deadband: Deadband::None, ..same("c") },
         ];
         let all: Vec<_> = (0..points.len()).map(|point| (point, good(1.0))).collect();
-        let mut policy = Policy::new("g", "boot", points);
+        let mut policy = policy("g", points);
         let reports = policy.on_reading(&reading(1, &all));
         let expected = [
             ("t", vec!["a", "b", "c"]),
@@ -223,7 +251,7 @@ mod tests {
 
     #[test]
     fn a_message_says_what_was_read() {
-        let mut policy = Policy::new("press-shop-1", "boot", vec![reporting("meter1", "voltage", "a/b")]);
+        let mut policy = policy("press-shop-1", vec![reporting("meter1", "voltage", "a/b")]);
         let reports = policy.on_reading(&reading(5, &[(0, good(230.1))]));
         let [report] = &reports[..] else { panic!("one report, not {reports:?}") };
         assert_eq!(report.message.at.mono_ms, 5);
@@ -242,7 +270,7 @@ mod tests {
     #[test]
     fn only_what_left_its_dead_band_is_told_and_the_rest_is_counted() {
         let points = vec![reporting("m", "a", "t"), reporting("m", "b", "t")];
-        let mut policy = Policy::new("g", "boot", points);
+        let mut policy = policy("g", points);
         assert_eq!(policy.on_reading(&reading(0, &[(0, good(1.0)), (1, good(1.0))])).len(), 1);
         let reports = policy.on_reading(&reading(1000, &[(0, good(1.1)), (1, good(2.0))]));
         assert_eq!(summary(&policy, &reports), [("t".to_owned(), vec!["b".to_owned()])]);
@@ -253,7 +281,7 @@ mod tests {
 
     #[test]
     fn a_report_that_was_not_taken_is_made_again() {
-        let mut policy = Policy::new("g", "boot", vec![reporting("m", "a", "t"), reporting("m", "b", "u")]);
+        let mut policy = policy("g", vec![reporting("m", "a", "t"), reporting("m", "b", "u")]);
         let samples = [(0, good(1.0)), (1, good(1.0))];
         let reports = policy.on_reading(&reading(0, &samples));
         policy.forget(&reports[0].points);
@@ -262,8 +290,32 @@ mod tests {
     }
 
     #[test]
+    fn what_is_reported_as_before_keeps_its_memory_and_what_is_not_is_told_anew() {
+        let points =
+            |topic| vec![reporting("m", "a", "t"), reporting("m", "b", topic), reporting("m", "c", "t")];
+        let mut policy = policy("g", points("t"));
+        let all = [(0, good(1.0)), (1, good(1.0)), (2, good(1.0))];
+        assert_eq!(policy.on_reading(&reading(0, &all)).len(), 1);
+        let (mut left, new) = (points("u"), reporting("m", "new", "t"));
+        let last = left.pop();
+        policy.change(numbered(left).into_iter().chain([(PointIndex(7), new)]).collect());
+        let all = [(0, good(1.1)), (1, good(1.1)), (2, good(9.0)), (7, good(1.0))];
+        let reports = policy.on_reading(&reading(1000, &all));
+        let expected = [("t", vec!["c", "new"]), ("u", vec!["b"])];
+        let expected =
+            expected.map(|(topic, names)| (topic.into(), names.into_iter().map(str::to_owned).collect()));
+        assert_eq!(summary(&policy, &reports), expected, "what is on its way is still told");
+        assert_eq!(policy.within_deadband, 1);
+        policy.drop_gone();
+        assert!(policy.on_reading(&reading(2000, &[(2, good(99.0))])).is_empty());
+        policy.change(last.map(|last| (PointIndex(8), last)).into_iter().collect());
+        policy.drop_gone();
+        assert_eq!(policy.on_reading(&reading(3000, &[(0, good(5.0)), (8, good(9.0))])).len(), 1);
+    }
+
+    #[test]
     fn an_empty_reading_and_an_unknown_point_are_no_message() {
-        let mut policy = Policy::new("g", "boot", Vec::new());
+        let mut policy = policy("g", Vec::new());
         assert!(policy.on_reading(&reading(0, &[])).is_empty());
         assert!(policy.on_reading(&reading(0, &[(7, good(1.0))])).is_empty());
         policy.forget(&[PointIndex(7)]);

@@ -537,6 +537,19 @@ impl Store {
         self.transaction(|database| database.keep_owners(owners, policy))
     }
 
+    /// Other settings from now on, but for the path, the pulse and the faults.
+    ///
+    /// # Errors
+    /// The database failed; see [`Store::commit`]. The settings hold all the same.
+    pub fn change(&mut self, settings: Settings) -> Result<(), StoreError> {
+        let Settings { path, pulse, faults, .. } = self.settings.clone();
+        self.settings = Settings { path, pulse, faults, ..settings };
+        match self.database.as_mut().map(|database| database.change_settings(&self.settings)) {
+            None | Some(Ok(())) => Ok(()),
+            Some(Err(source)) => Err(self.recover(source)),
+        }
+    }
+
     /// Takes an epoch and a boot counter above those that were heard of, and asks for a clean start: the
     /// database is a copy of the past.
     ///

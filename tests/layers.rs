@@ -240,7 +240,7 @@ const LAYERS: &[Layer] = &[
         ],
         pure: false,
     },
-    Layer { name: "assembly", files: &["agent"], may: &["*"], pure: false },
+    Layer { name: "assembly", files: &["agent", "agent/*"], may: &["*"], pure: false },
     Layer {
         name: "command line: broker test",
         // A client of the broker, beside the agent's.
@@ -339,6 +339,7 @@ const PLACES: &[(&str, &[&str])] = &[
         &[
             "cli/broker",
             "cli/queue",
+            "cli/reload",
             "cli/status",
             "cli/watch",
             "control*",

@@ -266,7 +266,7 @@ fn day(lines: &Lines, told: &Told) -> [Vec<(Level, String)>; 2] {
             [of_the_day, lines.take()]
         };
         tokio::select! {
-            ended = agent::run_with(config, Faults::default()) => panic!("the agent has ended: {ended:?}"),
+            ended = agent::run_with(config, std::path::PathBuf::new(), Faults::default()) => panic!("the agent has ended: {ended:?}"),
             lines = day => lines,
         }
     })

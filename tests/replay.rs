@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use fieldpost::clock::Stamp;
@@ -309,4 +310,51 @@ fn live_messages_are_not_paced() {
     assert!(taken.iter().all(|taken| &taken.record.payload[..] == b"live"));
     assert!(!store.waiting(START).0);
     assert!(store.waiting(START).1.is_some_and(|at| at > START.mono_ms));
+}
+
+#[test]
+fn the_order_may_change_at_any_moment_and_everything_is_handed_out_once() {
+    for seed in 0..60 {
+        let mut random = fastrand::Rng::with_seed(seed);
+        let folder = folder();
+        let mut store = open(folder.path(), IN_ORDER);
+        begin(&mut store);
+        let (mut accepted, mut id) = (0, 2000);
+        let (mut handed, mut unfinished) = (BTreeSet::new(), Vec::new());
+        let mut hand_out = |store: &mut Store, unfinished: &mut Vec<Taken>, count: u16| {
+            let taken = take(store, id, count);
+            id += count;
+            for taken in &taken {
+                assert!(handed.insert(taken.record.seq), "seed {seed}: {:?} twice", taken.record.seq);
+            }
+            unfinished.extend(taken);
+            handed.len()
+        };
+        for _ in 0..60 {
+            match random.u8(0..10) {
+                0..4 => {
+                    let texts: Vec<String> =
+                        (0..random.u32(1..5)).map(|n| (accepted + n).to_string()).collect();
+                    accepted += texts.len() as u32;
+                    accept(&mut store, &texts.iter().map(String::as_str).collect::<Vec<_>>());
+                }
+                4..7 => drop(hand_out(&mut store, &mut unfinished, random.u16(1..6))),
+                7 | 8 => {
+                    let finished: Vec<Taken> =
+                        unfinished.drain(..random.usize(0..=unfinished.len())).collect();
+                    done(&mut store, &finished);
+                }
+                _ => {
+                    let replay = if random.bool() { LIVE_FIRST } else { IN_ORDER };
+                    store
+                        .change(Settings { replay, ..Settings::new(folder.path().join("outbox.db")) })
+                        .unwrap();
+                }
+            }
+        }
+        let all = hand_out(&mut store, &mut unfinished, 1_000);
+        assert_eq!(all, accepted as usize, "seed {seed}");
+        done(&mut store, &unfinished);
+        assert_eq!(store.look(START).unwrap().lanes[Lane::Normal as usize].messages, 0, "seed {seed}");
+    }
 }

@@ -55,10 +55,11 @@ fn run_with_faults(
     let mut faults = Faults { break_pubrel_order: order.is_some(), ..Faults::default() };
     faults.store.commit_stall = Duration::from_millis(stall.map_or(Ok(0), |ms| ms.parse())?);
     faults.store.synchronous = SYNC.into_iter().find(|name| Some(*name) == sync.as_deref());
-    let config = fieldpost::config::load(config).map_err(|problems| problems.to_string())?;
+    let file = config.to_owned();
+    let config = fieldpost::config::load(&file).map_err(|problems| problems.to_string())?;
     fieldpost::logging::start(&config.log);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    Ok(runtime.block_on(fieldpost::agent::run_with(config, faults))?)
+    Ok(runtime.block_on(fieldpost::agent::run_with(config, file, faults))?)
 }
 
 /// What is broken in every agent of a run.

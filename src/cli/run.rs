@@ -30,13 +30,15 @@ pub(super) struct Run {
 
 impl Run {
     pub(super) fn run(self) -> Result<(), Failure> {
-        let config = config::load(&self.file)?;
+        // Where it is found again when it is to be reloaded, and the paths in it mean the same then.
+        let file = std::path::absolute(&self.file).map_err(Failure::Input)?;
+        let config = config::load(&file)?;
         logging::start(&config.log);
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Failure::Runtime)?;
         let outcome = match self.dry {
             true => runtime.block_on(run_dry(config)),
-            false => runtime.block_on(agent::run(config)).map_err(Failure::from),
+            false => runtime.block_on(agent::run(config, file)).map_err(Failure::from),
         };
         // A name that is being resolved cannot be interrupted, and may take longer than anybody wants to wait.
         runtime.shutdown_background();

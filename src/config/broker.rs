@@ -10,7 +10,7 @@ use super::quantity;
 use super::read::{Placed, Section, Walk};
 use super::url::{self, Url};
 use super::value::{self, Complaint};
-use super::{Broker, OnSessionLoss, Tls};
+use super::{Broker, Files, OnSessionLoss, Tls};
 use crate::config::raw::{self, Value};
 use crate::message::Qos;
 use crate::uplink::packet::Protocol;
@@ -42,7 +42,7 @@ const TLS_KEYS: [&str; 5] = ["ca_file", "cert_file", "key_file", "server_name", 
 
 const PROTOCOLS: [value::Choice<Protocol>; 2] =
     [("5", Protocol::V5, &["5.0", "v5"]), ("3.1.1", Protocol::V311, &["4", "3.1", "v3", "v3.1.1"])];
-const SESSION_LOSS: [value::Choice<OnSessionLoss>; 2] =
+pub(super) const SESSION_LOSS: [value::Choice<OnSessionLoss>; 2] =
     [("republish", OnSessionLoss::Republish, &["resend"]), ("drop", OnSessionLoss::Drop, &["discard"])];
 
 /// `[broker]`, or every `[[broker]]` in the order of preference: at least one.
@@ -111,6 +111,7 @@ fn broker(walk: &mut Walk<'_>, section: Section<'_>, gateway: &str) -> Broker {
         failover_after: walk.duration(section, "failover_after", TURN, MINUTE),
         failback_every: walk.duration(section, "failback_every", TURN, 5 * MINUTE),
         clean_start: walk.get(section, "clean_start", value::boolean).is_some_and(|clean| clean.value),
+        files: Files::default(),
     }
 }
 

@@ -12,7 +12,7 @@ use super::place::{Place, Problem, Problems, Source};
 use super::raw::{self, BUDGET, COMMANDS, CONTROL, GATEWAY, LOG, REPLAY, ROOT, STORE, Value};
 use super::read::{Section, Walk};
 use super::value::{self, Complaint, Surroundings};
-use super::{Config, Control, Gateway};
+use super::{Config, Control, Files, Gateway};
 use crate::message::Topic;
 use crate::policy::topic::{Names, Template, TemplateError};
 
@@ -42,10 +42,18 @@ pub(super) fn load(path: &Path) -> Result<Config, Problems> {
         }
     }
     match (check(&sources), unreadable.is_empty()) {
-        (checked, true) => checked,
+        (checked, true) => checked.map(with_files),
         (Ok(_), false) => Err(Problems(unreadable)),
         (Err(problems), false) => Err(Problems(problems.0.into_iter().chain(unreadable).collect())),
     }
+}
+
+/// With what the files hold that the configuration names.
+fn with_files(mut config: Config) -> Config {
+    for broker in std::iter::once(&mut config.broker).chain(&mut config.other_brokers) {
+        broker.files = Files::of(broker);
+    }
+    config
 }
 
 pub(super) fn parse(path: &Path, text: &str) -> Result<Config, Problems> {

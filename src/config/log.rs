@@ -5,7 +5,7 @@ use super::value::{self, Choice, Complaint};
 use crate::logging::levels::BadLevels;
 use crate::logging::{Format, Settings};
 
-const FORMAT: [Choice<Format>; 2] =
+pub(super) const FORMAT: [Choice<Format>; 2] =
     [("text", Format::Text, &["plain", "human", "auto", "journal"]), ("json", Format::Json, &["jsonl"])];
 
 pub(super) fn log(walk: &mut Walk<'_>, section: Section<'_>) -> Settings {

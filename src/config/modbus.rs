@@ -42,7 +42,7 @@ enum Kind {
 
 const TRANSPORTS: [value::Choice<Kind>; 2] =
     [("rtu", Kind::Rtu, &["serial", "rs485", "rs-485"]), ("tcp", Kind::Tcp, &["modbus-tcp", "ethernet"])];
-const PARITIES: [value::Choice<Parity>; 3] =
+pub(super) const PARITIES: [value::Choice<Parity>; 3] =
     [("none", Parity::None, &["n", "no"]), ("even", Parity::Even, &["e"]), ("odd", Parity::Odd, &["o"])];
 const LANES: [value::Choice<Lane>; 3] = [
     ("alarm", Lane::Alarm, &["high", "alarms"]),

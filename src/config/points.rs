@@ -22,7 +22,7 @@ const SPACES: [value::Choice<Space>; 4] = [
     ("coil", Space::Coil, &["coils"]),
     ("discrete", Space::DiscreteInput, &["discrete_input", "discrete input", "di"]),
 ];
-const KINDS: [value::Choice<Kind>; 6] = [
+pub(super) const KINDS: [value::Choice<Kind>; 6] = [
     ("bool", Kind::Bool, &["boolean", "bit"]),
     ("u16", Kind::U16, &["uint16", "word", "uint"]),
     ("i16", Kind::I16, &["int16", "short", "int"]),
@@ -30,7 +30,7 @@ const KINDS: [value::Choice<Kind>; 6] = [
     ("i32", Kind::I32, &["int32", "long"]),
     ("f32", Kind::F32, &["float", "float32", "real"]),
 ];
-const ORDERS: [value::Choice<Order>; 4] = [
+pub(super) const ORDERS: [value::Choice<Order>; 4] = [
     ("abcd", Order::Abcd, &["big", "be"]),
     ("cdab", Order::Cdab, &["word_swap", "swapped"]),
     ("badc", Order::Badc, &["byte_swap"]),

@@ -137,6 +137,16 @@ pub(super) fn size(value: &Value, range: RangeInclusive<u64>) -> Result<u64, Com
     SIZE.read(value, range)
 }
 
+/// As the file has it.
+pub(super) fn show_duration(duration: &Duration) -> String {
+    DURATION.show(u64::try_from(duration.as_millis()).unwrap_or(u64::MAX))
+}
+
+/// As the file has it.
+pub(super) fn show_size(bytes: &u64) -> String {
+    SIZE.show(*bytes)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

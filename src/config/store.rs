@@ -24,8 +24,12 @@ const RATE_BYTES: RangeInclusive<u64> = 100..=1 << 30;
 const BUDGET_BYTES: RangeInclusive<u64> = 64 << 10..=1 << 40;
 const COMMIT_WAIT: RangeInclusive<Duration> = Duration::ZERO..=MINUTE;
 const COMMIT_WAIT_DEFAULT: [Duration; 3] = [Duration::ZERO, Duration::from_millis(50), SECOND];
-const WHEN_FULL: [Choice<WhenFull>; 2] =
+pub(super) const WHEN_FULL: [Choice<WhenFull>; 2] =
     [("drop_oldest", WhenFull::DropOldest, &["drop"]), ("reject_new", WhenFull::RejectNew, &["reject"])];
+pub(super) const ORDER: [Choice<ReplayOrder>; 2] = [
+    ("in_order", ReplayOrder::InOrder, &["ordered", "fifo", "oldest_first"]),
+    ("live_first", ReplayOrder::LiveFirst, &["live", "newest_first", "lifo"]),
+];
 
 pub(super) fn store(walk: &mut Walk<'_>, section: Section<'_>) -> Store {
     let path = walk.path(section, "path");
@@ -66,10 +70,6 @@ fn limits(walk: &mut Walk<'_>, lane: Section<'_>) -> LaneLimits {
 }
 
 pub(super) fn replay(walk: &mut Walk<'_>, section: Section<'_>) -> Replay {
-    const ORDER: [Choice<ReplayOrder>; 2] = [
-        ("in_order", ReplayOrder::InOrder, &["ordered", "fifo", "oldest_first"]),
-        ("live_first", ReplayOrder::LiveFirst, &["live", "newest_first", "lifo"]),
-    ];
     let order = walk.get(section, "order", |value| value::choice(value, &ORDER));
     let messages = walk.get(section, "max_messages_per_second", |value| value::integer(value, RATE_MESSAGES));
     let bytes = walk.get(section, "max_bytes_per_second", |value| quantity::size(value, RATE_BYTES));

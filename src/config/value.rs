@@ -97,6 +97,11 @@ pub(super) fn integer(value: &Value, range: RangeInclusive<i64>) -> Result<i64, 
 /// One of a few words, each with the other words people use for it.
 pub(super) type Choice<T> = (&'static str, T, &'static [&'static str]);
 
+/// The word for what was chosen.
+pub(super) fn name_of<T: PartialEq>(choices: &[Choice<T>], chosen: &T) -> String {
+    choices.iter().find(|(_, choice, _)| choice == chosen).map_or("", |(name, ..)| name).to_owned()
+}
+
 pub(super) fn choice<T: Copy>(value: &Value, choices: &[Choice<T>]) -> Result<T, Complaint> {
     let written = match value {
         Value::Text(text) => text.clone(),

@@ -9,6 +9,8 @@
 //! {"queue":{"requeue":{"number":3}}}                         {"changed":{"count":1}}
 //! {"queue":{"purge_lane":{"lane":"bulk"}}}                   {"changed":{"count":5000,"below":9001}}: ask again
 //! {"queue":{"purge_dead":{}}}                                {"changed":{"count":2}}
+//! {"reload":{}}                                              {"reloaded":{"changes":["line2 added"],"warnings":[]}}
+//!                                                            {"not_reloaded":{"reason":"...","problems":[...]}}
 //! anything that cannot be done                               {"refused":{"reason":"..."}}
 //! ```
 //!
@@ -41,6 +43,8 @@ pub enum Question {
     },
     /// Look at the queue, or change it.
     Queue(QueueAsk),
+    /// Read the configuration again and go on with it.
+    Reload {},
 }
 
 /// What may be asked of the queue, a page or a portion at a time.
@@ -142,11 +146,47 @@ pub enum Answer {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         below: Option<u64>,
     },
+    /// The configuration was read again, and it is what the agent goes on with.
+    Reloaded {
+        /// What is different, a sentence each; empty: nothing.
+        changes: Vec<String>,
+        /// What will not be done as the configuration asks for it, a sentence each.
+        warnings: Vec<String>,
+    },
+    /// The configuration was read again, and nothing of it was taken over.
+    NotReloaded {
+        /// Why, in words; of a bad file the whole report.
+        reason: String,
+        /// What is wrong with the file; empty: nothing, but it cannot be changed while the agent runs, or not be used.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        problems: Vec<Problem>,
+        /// The settings that need a restart.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        restart: Vec<String>,
+    },
     /// It was not done.
     Refused {
         /// Why, and what to do about it.
         reason: String,
     },
+}
+
+/// One thing that is wrong with a configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Problem {
+    /// The file.
+    pub file: String,
+    /// Line, from 1; missing when the file could not be read at all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub line: Option<u64>,
+    /// Column in characters, from 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub column: Option<u64>,
+    /// What is wrong.
+    pub message: String,
+    /// What to try.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub help: Option<String>,
 }
 
 /// A message in the queue. Of a damaged one only the first members are known.
@@ -406,6 +446,7 @@ pub(super) fn understand(line: &str, now: Stamp) -> Result<Ask, String> {
     let publish = match question {
         Question::Status {} => return Ok(Ask::Status),
         Question::Queue(ask) => return Ok(Ask::Queue(ask)),
+        Question::Reload {} => return Ok(Ask::Reload),
         Question::Publish(publish) => publish,
         Question::RetainedClear { topic } => {
             Publish { topic, qos: 1, retain: true, lane: None, text: Some(String::new()), hex: None }

@@ -4,7 +4,7 @@
 //! come out. Invariants (P8): a write comes out only after the step that begins it is committed; every command
 //! comes to one answer, or is a repeat; a line that is slow or gone keeps no other waiting; bounded whatever comes.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -25,6 +25,7 @@ const TAKE_MAX: u64 = 32;
 const TAKEN_PER_SECOND: u64 = 200;
 /// How soon a step that found no room, or a database that failed, is tried again, in milliseconds.
 const AGAIN_MS: u64 = 1000;
+const GONE: &str = "its line is gone";
 
 /// How commands are limited.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,6 +36,21 @@ pub struct Limits {
     pub burst: u32,
 }
 
+/// The rates that follow from limits.
+struct Paces {
+    rate: u64,
+    burst: u64,
+    /// At which commands are taken from the inbox.
+    pace: u64,
+}
+
+impl Limits {
+    fn paces(self) -> Paces {
+        let rate = u64::from(self.max_per_second);
+        Paces { rate, burst: u64::from(self.burst), pace: TAKEN_PER_SECOND.max(2 * rate) }
+    }
+}
+
 /// What is to be done.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Effect {
@@ -42,7 +58,7 @@ pub enum Effect {
     Step(CommandStep),
     /// Hand this write to that line.
     Write {
-        /// The line, counted in the order of the configuration.
+        /// The line's number.
         line: usize,
         /// The write.
         write: Write,
@@ -62,6 +78,12 @@ struct Bucket {
 impl Bucket {
     fn new(per_second: u64, full: u64, now_ms: u64) -> Self {
         Bucket { per_second, full: full * 1000, level: full * 1000, filled_ms: now_ms }
+    }
+
+    /// Another pace from now on; what has gathered stays.
+    fn change(&mut self, per_second: u64, full: u64, now_ms: u64) {
+        self.fill(now_ms);
+        *self = Bucket { level: self.level.min(full * 1000), ..Bucket::new(per_second, full, now_ms) };
     }
 
     fn fill(&mut self, now_ms: u64) {
@@ -118,6 +140,8 @@ struct LineDesk {
     patience_ms: u64,
     waiting: VecDeque<Task>,
     doing: Doing,
+    /// It gets nothing new, and is forgotten once nothing is under way.
+    leaves: bool,
 }
 
 /// Everything known of the commands under way.
@@ -126,7 +150,7 @@ pub struct Desk {
     gateway: String,
     judge: Judge,
     stats: Arc<Stats>,
-    lines: Vec<LineDesk>,
+    lines: BTreeMap<usize, LineDesk>,
     allowed: Bucket,
     taken: Bucket,
     /// Ids of what has come and is not answered.
@@ -146,27 +170,22 @@ pub struct Desk {
 }
 
 impl Desk {
-    /// A desk for lines of this patience each, in milliseconds.
+    /// A desk for lines of this patience each, in milliseconds, by their numbers.
     pub fn new(
         gateway: &str,
         judge: Judge,
         limits: Limits,
-        patience_ms: &[u64],
+        patience_ms: BTreeMap<usize, u64>,
         stats: Arc<Stats>,
         now_ms: u64,
     ) -> Self {
-        let line = |patience_ms: &u64| LineDesk {
-            patience_ms: *patience_ms,
-            waiting: VecDeque::new(),
-            doing: Doing::Nothing,
-        };
-        let (rate, burst) = (u64::from(limits.max_per_second), u64::from(limits.burst));
-        let pace = TAKEN_PER_SECOND.max(2 * rate);
+        let Paces { rate, burst, pace } = limits.paces();
+        let lines = patience_ms.into_iter().map(|(line, ms)| (line, LineDesk::new(ms)));
         Desk {
             gateway: gateway.to_owned(),
             judge,
             stats,
-            lines: patience_ms.iter().map(line).collect(),
+            lines: lines.collect(),
             allowed: Bucket::new(rate, burst, now_ms),
             taken: Bucket::new(pace, pace.max(burst), now_ms),
             ids: HashSet::new(),
@@ -188,7 +207,51 @@ impl Desk {
     /// Nothing new begins; what waits stays recorded.
     pub fn stop(&mut self) {
         self.stopping = true;
-        self.lines.iter_mut().for_each(|line| line.waiting.clear());
+        self.lines.values_mut().for_each(|line| line.waiting.clear());
+    }
+
+    /// Other rules, and other lines: what waits is judged again by its point's name, and answered if it may not be
+    /// carried out any more. What has begun goes on where it is.
+    pub fn change(&mut self, judge: Judge, limits: Limits, patience_ms: &BTreeMap<usize, u64>, now: Stamp) {
+        self.judge = judge;
+        let Paces { rate, burst, pace } = limits.paces();
+        self.allowed.change(rate, burst, now.mono_ms);
+        self.taken.change(pace, pace.max(burst), now.mono_ms);
+        let mut waiting: Vec<Task> =
+            self.lines.values_mut().flat_map(|line| line.waiting.drain(..)).collect();
+        waiting.sort_by_key(|task| task.command.number);
+        for (number, line) in &mut self.lines {
+            line.leaves = !patience_ms.contains_key(number);
+        }
+        for (number, ms) in patience_ms {
+            self.lines.entry(*number).or_insert_with(|| LineDesk::new(*ms)).patience_ms = *ms;
+        }
+        for Task { command, id, order } in waiting {
+            let seat = self.judge.seat(command.point.as_deref().unwrap_or_default(), &order.value);
+            match seat.map(|(line, point)| (self.lines.get_mut(&line), line, point)) {
+                Ok((Some(desk), line, point)) => {
+                    desk.waiting.push_back(Task { command, id, order: Order { line, point, ..order } });
+                }
+                Ok((None, ..)) => {
+                    self.answer(&command, CommandResult::Refused, Some(GONE), None, Lane::Alarm, now)
+                }
+                Err(why) => {
+                    let reason = format!("the configuration was changed before it could begin: {why}");
+                    self.answer(&command, CommandResult::Refused, Some(&reason), None, Lane::Alarm, now);
+                }
+            }
+        }
+        self.pump(now);
+    }
+
+    /// Whether a write is under way on a line that gets no other.
+    pub fn is_leaving(&self) -> bool {
+        self.lines.values().any(|line| line.leaves)
+    }
+
+    /// Whether there is a line of that number.
+    pub fn has(&self, line: usize) -> bool {
+        self.lines.contains_key(&line)
     }
 
     /// What is to be done, in this order.
@@ -214,7 +277,7 @@ impl Desk {
         let again = (!self.again.is_empty()).then_some(self.again_ms);
         let paced = (!self.stopping && newest > self.cursor && self.taken.level < 1000)
             .then_some(self.taken.filled_ms + 100);
-        let lines = self.lines.iter().flat_map(|line| {
+        let lines = self.lines.values().flat_map(|line| {
             let writing = match &line.doing {
                 Doing::Writing(_, deadline_ms) => Some(*deadline_ms),
                 _ => None,
@@ -227,7 +290,7 @@ impl Desk {
     /// Whether no write is under way and nothing waits for its commit.
     pub fn is_idle(&self) -> bool {
         let at_rest = |line: &LineDesk| matches!(line.doing, Doing::Nothing | Doing::Silent(_));
-        self.answering == 0 && self.again.is_empty() && self.lines.iter().all(at_rest)
+        self.answering == 0 && self.again.is_empty() && self.lines.values().all(at_rest)
     }
 
     /// What had begun when the agent ended: it may have been carried out, and never will be again.
@@ -282,14 +345,14 @@ impl Desk {
         let refused = |reason: String| Err(Denial::Refused(reason));
         let outcome = match (verdict.outcome, verdict.id) {
             (Ok(_), _) if !correlates => refused("its Correlation Data is too long to be given back".into()),
-            (Ok(order), Some(id)) => match self.lines.get_mut(order.line) {
+            (Ok(order), Some(id)) => match self.lines.get_mut(&order.line) {
                 Some(line) if line.waiting.len() < WAITING_MAX => {
                     self.ids.insert(id.clone());
                     line.waiting.push_back(Task { command, id, order });
                     return;
                 }
                 Some(_) => refused(format!("{WAITING_MAX} commands wait for this line already")),
-                None => refused("its line is gone".into()),
+                None => refused(GONE.into()),
             },
             (Ok(_), None) => refused("it has no id".into()),
             (Err(denial), _) => Err::<(), Denial>(denial),
@@ -303,52 +366,40 @@ impl Desk {
         }
     }
 
-    /// Gives each line that does nothing its next command.
+    /// Gives each line that does nothing its next command, and forgets one that does nothing and leaves.
     fn pump(&mut self, now: Stamp) {
+        self.lines
+            .retain(|_, line| !line.leaves || matches!(line.doing, Doing::Beginning(_) | Doing::Writing(..)));
         if self.stopping {
             return;
         }
-        for index in 0..self.lines.len() {
-            self.expire(index, now);
-            let line = &mut self.lines[index];
-            if !matches!(line.doing, Doing::Nothing) {
-                continue;
-            }
+        self.expire(now);
+        for line in self.lines.values_mut().filter(|line| matches!(line.doing, Doing::Nothing)) {
             let Some(task) = line.waiting.pop_front() else { continue };
             let begin = CommandStep::Begin { number: task.command.number, id: task.id.clone() };
             if self.break_order {
-                self.write(index, task);
+                self.effects.push(line.write(task));
             } else {
-                self.lines[index].doing = Doing::Beginning(task);
+                line.doing = Doing::Beginning(task);
             }
             self.effects.push(Effect::Step(begin));
         }
     }
 
     /// Answers those that have waited too long.
-    fn expire(&mut self, line: usize, now: Stamp) {
+    fn expire(&mut self, now: Stamp) {
         let over = |task: &Task| task.order.not_after_mono_ms <= now.mono_ms;
-        let waiting = std::mem::take(&mut self.lines[line].waiting);
-        let (expired, waiting): (VecDeque<Task>, VecDeque<Task>) = waiting.into_iter().partition(over);
-        self.lines[line].waiting = waiting;
+        let mut expired = Vec::new();
+        for line in self.lines.values_mut() {
+            let (late, waiting) = std::mem::take(&mut line.waiting).into_iter().partition(over);
+            line.waiting = waiting;
+            let late: VecDeque<Task> = late;
+            expired.extend(late);
+        }
         for task in expired {
             let reason = Some("its time was over while it waited for its line");
             self.answer(&task.command, CommandResult::Expired, reason, None, Lane::Alarm, now);
         }
-    }
-
-    /// Its beginning is committed: hands it to its line.
-    fn write(&mut self, line: usize, task: Task) {
-        let Order { point, ref value, not_after_mono_ms, .. } = task.order;
-        let write = Write {
-            ticket: Ticket(task.command.number),
-            point,
-            value: value.clone(),
-            not_after_mono_ms: Some(not_after_mono_ms),
-        };
-        let deadline_ms = not_after_mono_ms.saturating_add(self.lines[line].patience_ms);
-        self.lines[line].doing = Doing::Writing(task, deadline_ms);
-        self.effects.push(Effect::Write { line, write });
     }
 
     /// A step was committed, or (`None`) the database failed.
@@ -377,12 +428,15 @@ impl Desk {
     fn on_begun(&mut self, number: u64, id: &str, stepped: Stepped, now: Stamp) {
         let begins =
             |line: &LineDesk| matches!(&line.doing, Doing::Beginning(t) if t.command.number == number);
-        let Some(index) = self.lines.iter().position(begins) else { return };
-        let Doing::Beginning(task) = std::mem::replace(&mut self.lines[index].doing, Doing::Nothing) else {
+        let Some(line) = self.lines.values_mut().find(|line| begins(line)) else { return };
+        let Doing::Beginning(task) = std::mem::replace(&mut line.doing, Doing::Nothing) else {
             return;
         };
         match stepped {
-            Stepped::Done => self.write(index, task),
+            Stepped::Done => {
+                let write = line.write(task);
+                self.effects.push(write);
+            }
             Stepped::Gone => {
                 let reason = Some("nothing was sent: the database was damaged before it could begin");
                 self.answer(&task.command, CommandResult::Failed, reason, None, Lane::Alarm, now);
@@ -410,7 +464,7 @@ impl Desk {
     /// A line says what became of a write.
     pub fn on_written(&mut self, written: Written, now: Stamp) {
         let Written { ticket, at, outcome } = written;
-        let Some(line) = self.lines.iter_mut().find(|line| line.ticket() == Some(ticket)) else { return };
+        let Some(line) = self.lines.values_mut().find(|line| line.ticket() == Some(ticket)) else { return };
         if let Doing::Writing(task, _) = std::mem::replace(&mut line.doing, Doing::Nothing) {
             let (result, reason, read_back) = match &outcome {
                 Outcome::Done { read_back } => (CommandResult::Done, None, Some(read_back)),
@@ -432,14 +486,17 @@ impl Desk {
         if !self.again.is_empty() && now.mono_ms >= self.again_ms {
             self.effects.extend(std::mem::take(&mut self.again).into_iter().map(Effect::Step));
         }
-        for index in 0..self.lines.len() {
-            let late = matches!(&self.lines[index].doing, Doing::Writing(_, deadline_ms) if *deadline_ms <= now.mono_ms);
-            let Some(ticket) = self.lines[index].ticket().filter(|_| late) else { continue };
-            let silent = Doing::Silent(ticket);
-            if let Doing::Writing(task, _) = std::mem::replace(&mut self.lines[index].doing, silent) {
-                let reason = Some("its line has not said what became of it");
-                self.answer(&task.command, CommandResult::Unknown, reason, None, Lane::Alarm, now);
+        let is_late = |line: &LineDesk| matches!(&line.doing, Doing::Writing(_, deadline_ms) if *deadline_ms <= now.mono_ms);
+        let mut silent = Vec::new();
+        for line in self.lines.values_mut().filter(|line| is_late(line)) {
+            let Some(ticket) = line.ticket() else { continue };
+            if let Doing::Writing(task, _) = std::mem::replace(&mut line.doing, Doing::Silent(ticket)) {
+                silent.push(task);
             }
+        }
+        for task in silent {
+            let reason = Some("its line has not said what became of it");
+            self.answer(&task.command, CommandResult::Unknown, reason, None, Lane::Alarm, now);
         }
         self.pump(now);
     }
@@ -492,6 +549,23 @@ impl Desk {
 }
 
 impl LineDesk {
+    fn new(patience_ms: u64) -> Self {
+        LineDesk { patience_ms, waiting: VecDeque::new(), doing: Doing::Nothing, leaves: false }
+    }
+
+    /// Its beginning is committed: the write goes to its line.
+    fn write(&mut self, task: Task) -> Effect {
+        let Order { line, point, ref value, not_after_mono_ms } = task.order;
+        let write = Write {
+            ticket: Ticket(task.command.number),
+            point,
+            value: value.clone(),
+            not_after_mono_ms: Some(not_after_mono_ms),
+        };
+        self.doing = Doing::Writing(task, not_after_mono_ms.saturating_add(self.patience_ms));
+        Effect::Write { line, write }
+    }
+
     fn ticket(&self) -> Option<Ticket> {
         match &self.doing {
             Doing::Writing(task, _) => Some(Ticket(task.command.number)),
@@ -521,21 +595,25 @@ mod tests {
     }
 
     fn desk() -> Desk {
-        let point = |line: usize| WritablePoint {
-            name: format!("l{line}/u/p"),
-            index: PointIndex(line),
-            line,
-            allowed: Allowed::Number { min: 0.0, max: 100.0 },
+        let limits = Limits { max_per_second: 10, burst: 5 };
+        Desk::new("g", judge(&[0, 1], 100.0), limits, [(0, 1000), (1, 1000)].into(), Arc::default(), 0)
+    }
+
+    /// For a writable point on each of two lines, which have these numbers.
+    fn judge(lines: &[usize], max: f64) -> Judge {
+        let point = |(n, line): (usize, &usize)| WritablePoint {
+            name: format!("l{n}/u/p"),
+            index: PointIndex(*line),
+            line: *line,
+            allowed: Allowed::Number { min: 0.0, max },
         };
-        let judge = Judge::new(Settings {
-            points: (0..2).map(point).collect(),
+        Judge::new(Settings {
+            points: lines.iter().enumerate().map(point).collect(),
             ttl: Duration::from_secs(30),
             max_ttl: Duration::from_secs(60),
             answer_topic: Topic::new("g/answer").expect("a topic"),
             response_topics: vec!["r/".into()],
-        });
-        let limits = Limits { max_per_second: 10, burst: 5 };
-        Desk::new("g", judge, limits, &[1000, 1000], Arc::default(), 0)
+        })
     }
 
     fn recorded(number: u64, payload: &str) -> Recorded {
@@ -747,6 +825,37 @@ mod tests {
         desk.on_stepped(begin(1, "a"), Some(Stepped::Gone), at(2));
         let said = "failed nothing was sent: the database was damaged before it could begin";
         assert_eq!(answers(&desk.take_effects()), [(1, Some("a".into()), said.into(), Lane::Alarm)]);
+    }
+
+    #[test]
+    fn a_change_moves_what_waits_to_the_new_line_and_the_old_one_finishes_what_it_has() {
+        let mut desk = desk();
+        let waiting = vec![command(1, "a", 0), command(2, "b", 0), command(60, "c", 0), command(4, "d", 1)];
+        desk.on_recorded(waiting, at(1));
+        desk.on_stepped(begin(1, "a"), Some(Stepped::Done), at(2));
+        desk.take_effects();
+        // Line 0 is made anew as number 7, its range is smaller; line 1 is gone before its command has begun.
+        let limits = Limits { max_per_second: 10, burst: 5 };
+        desk.change(judge(&[7], 50.0), limits, &[(7, 1000)].into(), at(3));
+        assert!(desk.is_leaving() && desk.has(0) && desk.has(1) && desk.has(7));
+        let effects = desk.take_effects();
+        let said =
+            "refused the configuration was changed before it could begin: value: 60 is out of range, 0 to 50";
+        assert_eq!(answers(&effects), [(60, Some("c".into()), said.into(), Lane::Alarm)]);
+        assert_eq!(effects[1], Effect::Step(begin(2, "b")), "at once, on the new line");
+        desk.on_stepped(begin(2, "b"), Some(Stepped::Done), at(4));
+        assert!(matches!(desk.take_effects()[..], [Effect::Write { line: 7, .. }]));
+        desk.on_stepped(begin(4, "d"), Some(Stepped::Done), at(4));
+        assert!(matches!(desk.take_effects()[..], [Effect::Write { line: 1, .. }]), "it had begun");
+        desk.on_written(written(1, done()), at(5));
+        assert_eq!(answers(&desk.take_effects()).len(), 1);
+        assert!(desk.is_leaving() && !desk.has(0));
+        desk.on_not_handed_over(Ticket(4), at(6));
+        assert_eq!(answers(&desk.take_effects())[0].2, "failed its line takes no writes at present");
+        assert!(!desk.is_leaving() && !desk.has(1));
+        desk.on_recorded(vec![command(5, "e", 1)], at(7));
+        let said = answers(&desk.take_effects());
+        assert_eq!(said.len(), 1, "line 1 is not known any more: {said:?}");
     }
 
     #[test]

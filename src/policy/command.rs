@@ -48,7 +48,7 @@ pub struct WritablePoint {
     pub name: String,
     /// Its place in the table of points.
     pub index: PointIndex,
-    /// Which line it is on, counted in the order of the configuration.
+    /// The number of the line it is on.
     pub line: usize,
     /// What may be written.
     pub allowed: Allowed,
@@ -172,6 +172,27 @@ impl Judge {
         let value = value(members.get("value"), point.allowed)?;
         let not_after_mono_ms = self.not_after(members, asked)?;
         Ok(Order { line: point.line, point: point.index, value, not_after_mono_ms })
+    }
+
+    /// Line and point for a value that was allowed by other rules.
+    ///
+    /// # Errors
+    /// Why it is not any more, in words.
+    pub fn seat(&self, point: &str, value: &Value) -> Result<(usize, PointIndex), String> {
+        let Some(found) = self.points.get(point) else {
+            return Err(format!("{} is not a point that may be written", shown(point)));
+        };
+        match (found.allowed, value) {
+            (Allowed::Bool, Value::Bool(_)) => Ok((found.line, found.index)),
+            (Allowed::Bool, _) => Err("value: this point takes true or false".to_owned()),
+            (Allowed::Number { .. }, Value::Bool(_)) => Err("value: this point takes a number".to_owned()),
+            (Allowed::Number { min, max }, value) if (min..=max).contains(&value.as_f64()) => {
+                Ok((found.line, found.index))
+            }
+            (Allowed::Number { min, max }, value) => {
+                Err(format!("value: {value} is out of range, {min} to {max}"))
+            }
+        }
     }
 
     /// The end of its time, by the monotonic clock.

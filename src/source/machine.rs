@@ -49,7 +49,7 @@ pub struct Machine {
 }
 
 /// One point.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MachinePoint {
     /// What its samples carry.
     pub index: PointIndex,

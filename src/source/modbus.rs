@@ -70,8 +70,20 @@ pub struct Line {
     pub pulse: Pulse,
 }
 
+impl Line {
+    /// Whether the task of one would do what the task of the other does.
+    pub fn is_like(&self, other: &Line) -> bool {
+        let Line { name, transport, timeout, late_replies, units, pulse: _ } = self;
+        *name == other.name
+            && *transport == other.transport
+            && *timeout == other.timeout
+            && *late_replies == other.late_replies
+            && *units == other.units
+    }
+}
+
 /// One unit (a slave, on a serial line).
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Unit {
     /// Its name in messages.
     pub name: Arc<str>,
@@ -82,7 +94,7 @@ pub struct Unit {
 }
 
 /// One point of a unit.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct LinePoint {
     /// What its samples carry.
     pub index: PointIndex,

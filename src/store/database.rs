@@ -325,6 +325,23 @@ impl Database {
         Ok(settled)
     }
 
+    /// See [`super::Store::change`]. Memory has the new settings also when this fails.
+    pub(super) fn change_settings(&mut self, settings: &Settings) -> Sql<()> {
+        let used = self.budget.as_mut().map(Budget::take_all);
+        let written = self.write_budget(used);
+        self.settings = settings.clone();
+        self.outbox.change(settings);
+        let budget = written.and_then(|()| load_budget(&self.db, settings));
+        // What could not be written down is forgotten, as by a crash.
+        self.budget = match &budget {
+            Ok(budget) => budget.clone(),
+            Err(_) => settings.budget.map(|budget| Budget::new(budget, None)),
+        };
+        // A database that is larger already keeps its size, and what is dropped makes room in it.
+        self.db.execute_batch(&format!("PRAGMA max_page_count = {}", pages_max(settings)))?;
+        budget.map(drop)
+    }
+
     /// See [`super::Store::disown`].
     pub(super) fn disown(&mut self, epoch: u32, boot: u32, policy: OnSessionLoss) -> Sql<Settled> {
         let mut settled = Settled::default();
@@ -552,7 +569,7 @@ fn connect(settings: &Settings) -> Result<Connection, rusqlite::Error> {
     let page_bytes = settings.faults.page_bytes.unwrap_or(PAGE_BYTES);
     let checkpoint_pages = settings.faults.checkpoint_pages.unwrap_or(CHECKPOINT_PAGES);
     let synchronous = settings.faults.synchronous.unwrap_or("FULL");
-    let pages_max = (settings.quota + settings.quota / 4 + HEADROOM_BYTES) / page_bytes;
+    let pages_max = pages_max(settings);
     db.execute_batch(&format!(
         "PRAGMA page_size = {page_bytes};
          PRAGMA locking_mode = EXCLUSIVE;
@@ -575,6 +592,10 @@ fn connect(settings: &Settings) -> Result<Connection, rusqlite::Error> {
         return Err(rusqlite::Error::SqliteFailure(failed, Some(words)));
     }
     Ok(db)
+}
+
+fn pages_max(settings: &Settings) -> u64 {
+    (settings.quota + settings.quota / 4 + HEADROOM_BYTES) / settings.faults.page_bytes.unwrap_or(PAGE_BYTES)
 }
 
 /// Refuses what is not ours or too new; makes the tables where there are none.

@@ -259,6 +259,19 @@ impl Outbox {
         })
     }
 
+    /// Other limits, another pace, another order. What is live is so from now on.
+    pub(crate) fn change(&mut self, settings: &Settings) {
+        let live_first = replay::is_live_first(&settings.replay);
+        for (queue, limits) in self.lanes.iter_mut().zip(settings.lanes) {
+            if live_first && !queue.live_first && queue.live_from != u64::MAX {
+                queue.live_from = queue.next_seq;
+                queue.live = Cursor { next: queue.next_seq, loaded: None };
+            }
+            (queue.live_first, queue.limits) = (live_first, limits);
+        }
+        self.pace = Pace::new(&settings.replay);
+    }
+
     /// What the session holds and what is held back, to be put back by [`Outbox::restore`].
     pub(super) fn place(&self) -> [Place; 3] {
         self.lanes.each_ref().map(|lane| Place {

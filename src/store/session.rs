@@ -171,6 +171,8 @@ impl SessionTable {
         for (owner, _) in known.iter().filter(|(_, name)| !owners.contains(name)) {
             self.count_published(|of| of == *owner, settled);
             self.requeue(db, outbox, |of| of == *owner, policy, settled)?;
+            // Its number may be given to another.
+            self.fresh |= *owner == self.owner;
             db.execute("DELETE FROM rx_open WHERE owner = ?", [owner])?;
             db.execute("DELETE FROM session WHERE owner = ?", [owner])?;
         }

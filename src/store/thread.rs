@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
 use super::browse::{Ask, Found};
-use super::{Append, Batch, Committed, Gap, Look, Settled, Store, StoreError};
+use super::{Append, Batch, Committed, Gap, Look, Settings, Settled, Store, StoreError};
 use crate::clock;
 use crate::command::{CommandStep, Recorded, Stepped};
 use crate::message::{Lane, Message, PacketId, Seq};
@@ -190,6 +190,11 @@ enum Request {
         policy: OnSessionLoss,
         reply: oneshot::Sender<Result<Settled, Arc<StoreError>>>,
     },
+    KeepOwners {
+        owners: Vec<(String, String)>,
+        policy: OnSessionLoss,
+        reply: oneshot::Sender<Result<Settled, Arc<StoreError>>>,
+    },
     Look(oneshot::Sender<Result<Look, Arc<StoreError>>>),
     Browse(Ask, oneshot::Sender<Result<Found, Arc<StoreError>>>),
     Close(oneshot::Sender<()>),
@@ -201,6 +206,7 @@ pub struct Handle {
     requests: mpsc::Sender<Request>,
     /// Apart from the rest, so that the session never waits behind a crowd of producers.
     turns: mpsc::Sender<Turn>,
+    settings: watch::Sender<Settings>,
     newest_command: watch::Receiver<u64>,
 }
 
@@ -318,6 +324,25 @@ impl Handle {
         answer.await.map_err(|_| None)?.map_err(Some)
     }
 
+    /// Between two connections; see [`Store::keep_owners`].
+    ///
+    /// # Errors
+    /// The store's; `None` when it has stopped.
+    pub async fn keep_owners(
+        &self,
+        owners: Vec<(String, String)>,
+        policy: OnSessionLoss,
+    ) -> Result<Settled, Option<Arc<StoreError>>> {
+        let (reply, answer) = oneshot::channel();
+        self.requests.send(Request::KeepOwners { owners, policy, reply }).await.map_err(|_| None)?;
+        answer.await.map_err(|_| None)?.map_err(Some)
+    }
+
+    /// Other settings from the next commit on; see [`Store::change`]. Nothing is waited for.
+    pub fn change(&self, settings: Settings) {
+        self.settings.send_replace(settings);
+    }
+
     /// What screens show; `None` when the store has stopped.
     pub async fn look(&self) -> Option<Result<Look, Arc<StoreError>>> {
         let (reply, answer) = oneshot::channel();
@@ -350,6 +375,7 @@ pub fn spawn(store: Store, stats: Arc<Stats>) -> io::Result<(Handle, JoinHandle<
     let (turns, session) = mpsc::channel(TURNS_MAX);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
     let commit_interval = store.settings.commit_interval;
+    let (settings, changes) = watch::channel(store.settings.clone());
     let (newest_to, newest_command) = watch::channel(store.newest_command());
     let worker = Worker {
         store,
@@ -369,8 +395,8 @@ pub fn spawn(store: Store, stats: Arc<Stats>) -> io::Result<(Handle, JoinHandle<
     };
     let thread = std::thread::Builder::new()
         .name("store".into())
-        .spawn(move || runtime.block_on(worker.run(inbox, session)))?;
-    Ok((Handle { requests, turns, newest_command }, thread))
+        .spawn(move || runtime.block_on(worker.run(inbox, session, changes)))?;
+    Ok((Handle { requests, turns, settings, newest_command }, thread))
 }
 
 struct Worker {
@@ -397,16 +423,22 @@ struct Worker {
 }
 
 impl Worker {
-    async fn run(mut self, mut requests: mpsc::Receiver<Request>, mut turns: mpsc::Receiver<Turn>) {
+    async fn run(
+        mut self,
+        mut requests: mpsc::Receiver<Request>,
+        mut turns: mpsc::Receiver<Turn>,
+        mut changes: watch::Receiver<Settings>,
+    ) {
         let mut closing = None;
         while closing.is_none() {
             // Here everything that was asked has its answer, or waits for a time that has not come.
             self.store.settings.pulse.beat(clock::mono_ms());
-            match self.wait(&mut requests, &mut turns).await {
+            match self.wait(&mut requests, &mut turns, &mut changes).await {
                 Wake::Turn(turn) => self.take_turn(turn),
                 Wake::Request(request) => closing = self.handle(request, &mut turns),
                 Wake::Due => {}
                 Wake::Check => self.check(),
+                Wake::Changed => self.change(changes.borrow_and_update().clone()),
                 Wake::Closed => break,
             }
             // Whatever has arrived meanwhile shares the commit.
@@ -428,11 +460,17 @@ impl Worker {
         }
     }
 
-    async fn wait(&self, requests: &mut mpsc::Receiver<Request>, turns: &mut mpsc::Receiver<Turn>) -> Wake {
+    async fn wait(
+        &self,
+        requests: &mut mpsc::Receiver<Request>,
+        turns: &mut mpsc::Receiver<Turn>,
+        changes: &mut watch::Receiver<Settings>,
+    ) -> Wake {
         let idle = Instant::now() + IDLE;
         let due = tokio::time::sleep_until(self.wake_at().map_or(idle, |at| at.min(idle)));
         tokio::select! {
             biased;
+            Ok(()) = changes.changed() => Wake::Changed,
             Some(turn) = turns.recv() => Wake::Turn(turn),
             request = requests.recv() => request.map_or(Wake::Closed, Wake::Request),
             () = due => Wake::Due,
@@ -483,6 +521,19 @@ impl Worker {
                 self.offer = None;
                 let disowned = self.store.disown(epoch, boot, policy);
                 let _gone = reply.send(disowned.map_err(Arc::new));
+            }
+            Request::KeepOwners { owners, policy, reply } => {
+                // What the last connection left is committed first.
+                while let Ok(turn) = turns.try_recv() {
+                    self.take_turn(turn);
+                }
+                self.commit();
+                self.offer = None;
+                let kept = self.store.keep_owners(&owners, policy).map_err(Arc::new);
+                if let Err(error) = &kept {
+                    self.tell_failure(Arc::clone(error), Vec::new());
+                }
+                let _gone = reply.send(kept);
             }
             Request::Look(reply) => {
                 self.count_link_bytes();
@@ -536,6 +587,14 @@ impl Worker {
         let moved = self.stats.link_bytes_sent.get() + self.stats.link_bytes_received.get();
         self.store.count_link_bytes(moved - self.link_bytes, clock::now());
         self.link_bytes = moved;
+    }
+
+    fn change(&mut self, settings: Settings) {
+        self.commit();
+        self.commit_interval = settings.commit_interval;
+        if let Err(error) = self.store.change(settings) {
+            self.tell_failure(Arc::new(error), Vec::new());
+        }
     }
 
     fn check(&mut self) {
@@ -661,6 +720,7 @@ impl Worker {
 
 enum Wake {
     Check,
+    Changed,
     Turn(Turn),
     Request(Request),
     Due,

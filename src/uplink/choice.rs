@@ -28,7 +28,12 @@ pub struct Choice {
 impl Choice {
     /// Begins with the first of these brokers; there is at least one.
     pub fn new(brokers: Vec<Patience>) -> Self {
-        Choice { brokers, current: 0, failing_ms: None, asked_ms: 0, left: None }
+        Choice::beginning_with(0, brokers)
+    }
+
+    /// Begins with that one of these brokers, which is among them. Those before it are asked at once.
+    pub fn beginning_with(current: usize, brokers: Vec<Patience>) -> Self {
+        Choice { brokers, current, failing_ms: None, asked_ms: 0, left: None }
     }
 
     /// The broker to connect to: its place in the list.

@@ -24,8 +24,7 @@ use super::secret::{self, Unusable};
 use super::session::{self, Carry, Counted, Event, Session, SessionError};
 use super::tls;
 use crate::clock;
-use crate::message::{Message, Qos, Topic};
-use crate::policy::format::Speaker;
+use crate::message::{Message, Qos};
 use crate::progress::Pulse;
 use crate::stats::Stats;
 use crate::store::{self, StoreError, Turn, Turned};
@@ -53,8 +52,17 @@ const SHORT_LIFE: Duration = Duration::from_secs(30);
 /// How many of those in a row are called one.
 const SHORT_LIVES: u32 = 4;
 
-/// What the uplink is made with.
+/// Where to connect, and as whom; replaced as a whole when the configuration changes.
 #[derive(Debug, Clone)]
+pub struct Orders {
+    /// In the order of preference; at least one.
+    pub brokers: Vec<Settings>,
+    /// Who speaks, and on which topics.
+    pub presence: Presence,
+}
+
+/// What the uplink needs to know of one broker.
+#[derive(Debug, Clone, PartialEq)]
 pub struct Settings {
     /// Host name or address.
     pub host: String,
@@ -82,10 +90,8 @@ pub struct Settings {
     pub max_packet: u32,
     /// Whether a Will is registered.
     pub will: bool,
-    /// Topic prefix of presence.
-    pub base: Topic,
-    /// Who speaks there.
-    pub speaker: Speaker,
+    /// Stands for the contents of the password file, the key and the certificates: other contents, other settings.
+    pub files: u64,
     /// The session's own.
     pub session: session::Settings,
 }
@@ -101,6 +107,41 @@ impl Settings {
     /// Whose session it is: broker and client identifier, as the store knows it.
     pub fn owner(&self) -> (String, String) {
         (format!("{}:{}", self.host, self.port), self.client_id.clone())
+    }
+
+    /// Whether a connection made with these settings can go on under the others: they differ in nothing but when to try
+    /// again.
+    fn serves(&self, other: &Settings) -> bool {
+        let like_other = Settings {
+            connect_timeout: other.connect_timeout,
+            backoff_max: other.backoff_max,
+            failover_after: other.failover_after,
+            failback_every: other.failback_every,
+            ..self.clone()
+        };
+        like_other == *other
+    }
+
+    /// Whether the files that these settings name can be used.
+    ///
+    /// # Errors
+    /// Which cannot and why, in words.
+    pub fn look_at_files(&self) -> Result<(), String> {
+        let tls = self.tls.as_ref().map(|tls| tls::Client::new(tls, &self.host)).transpose();
+        tls.map_err(|error| error.to_string())?;
+        self.password().map(drop).map_err(|error| error.to_string())
+    }
+
+    fn password(&self) -> Result<Option<String>, End> {
+        let Some(path) = &self.password_file else { return Ok(None) };
+        let unreadable = |source| End::Password { path: path.clone(), source };
+        let mut file = secret::open(path).map_err(|error| match error {
+            Unusable::Io(source) => unreadable(source),
+            Unusable::Open { mode } => End::PasswordOpen { path: path.clone(), mode },
+        })?;
+        let mut text = String::new();
+        file.read_to_string(&mut text).map_err(unreadable)?;
+        Ok(Some(text.trim_end_matches(['\r', '\n']).to_owned()))
     }
 
     /// Whether a connection can be opened; nothing is sent on it.
@@ -231,6 +272,8 @@ enum End {
     InUseElsewhere { boot: u64 },
     #[error("{url} answers again")]
     FailBack { to: usize, url: String },
+    #[error("the configuration was changed")]
+    Changed,
     #[error("the agent stops")]
     Stopped,
 }
@@ -271,7 +314,12 @@ pub struct Uplink {
     status: watch::Sender<LinkStatus>,
     qos0: mpsc::Receiver<Message>,
     announcements: mpsc::Receiver<Announcement>,
+    orders: watch::Receiver<Orders>,
+    /// Whether the store keeps no session but those of these brokers.
+    owners_kept: bool,
     stop: watch::Receiver<Stop>,
+    /// The connection is being left: no other orders are looked at before the next one.
+    leaves: bool,
     presence: Presence,
     /// Each broker's own.
     backoffs: Vec<Backoff>,
@@ -293,37 +341,38 @@ enum Wake {
     Tick,
     /// A better broker is back, or is not.
     Probed(Option<usize>),
+    /// There are other orders.
+    Changed,
     Stop,
 }
 
 impl Uplink {
-    /// The task, not yet running. There is at least one broker; the first is preferred.
-    ///
-    /// # Errors
-    /// The base topic leaves no room for what comes below it.
+    /// The task, not yet running. The store keeps the sessions of the brokers in `orders` and no other.
     pub fn new(
-        brokers: Vec<Settings>,
+        mut orders: watch::Receiver<Orders>,
         store: store::Handle,
         stats: Arc<Stats>,
         status: watch::Sender<LinkStatus>,
         qos0: mpsc::Receiver<Message>,
         announcements: mpsc::Receiver<Announcement>,
         stop: watch::Receiver<Stop>,
-    ) -> Result<Self, crate::message::TopicError> {
-        let settings = brokers[0].clone();
-        let presence = Presence::new(&settings.base, settings.speaker.clone())?;
+    ) -> Self {
+        let Orders { brokers, presence } = orders.borrow_and_update().clone();
         let uplink = Uplink {
             choice: Choice::new(brokers.iter().map(Settings::patience).collect()),
             backoffs: brokers.iter().map(|broker| Backoff::new(broker.backoff_max)).collect(),
+            settings: brokers[0].clone(),
             brokers,
-            settings,
             probe: JoinSet::new(),
             store,
             stats,
             status,
             qos0,
             announcements,
+            orders,
+            owners_kept: true,
             stop,
+            leaves: false,
             presence,
             connections: 0,
             short_lives: 0,
@@ -332,7 +381,7 @@ impl Uplink {
             told: Vec::new(),
         };
         uplink.show_broker();
-        Ok(uplink)
+        uplink
     }
 
     fn show_broker(&self) {
@@ -353,6 +402,45 @@ impl Uplink {
         Carry::default()
     }
 
+    /// Whether this connection is as the newest orders want it.
+    fn goes_on(&self) -> bool {
+        let owner = self.settings.owner();
+        let orders = self.orders.borrow();
+        orders.brokers.iter().find(|broker| broker.owner() == owner).is_some_and(|b| self.settings.serves(b))
+    }
+
+    /// Takes the newest orders. `stays`: with the broker it is connected to, if that is among them; otherwise it begins
+    /// with the first. Returns whether the session is the same: what this process remembers is of no use to another.
+    fn adopt(&mut self, stays: bool) -> bool {
+        let owner = self.settings.owner();
+        let Orders { brokers, presence } = self.orders.borrow_and_update().clone();
+        let same = brokers.iter().position(|broker| broker.owner() == owner);
+        let place = same.filter(|_| stays).unwrap_or(0);
+        if presence.topic() != self.presence.topic() {
+            self.presence = presence;
+        }
+        self.probe.abort_all();
+        self.choice = Choice::beginning_with(place, brokers.iter().map(Settings::patience).collect());
+        self.backoffs = brokers.iter().map(|broker| Backoff::new(broker.backoff_max)).collect();
+        self.settings = brokers[place].clone();
+        self.brokers = brokers;
+        self.owners_kept = false;
+        self.short_lives = 0;
+        self.show_broker();
+        same == Some(place)
+    }
+
+    /// Asked to stop or to connect elsewhere, while a connection is being opened.
+    fn interruption(&self) -> impl Future<Output = End> + use<> {
+        let (mut stop, mut orders) = (self.stop.clone(), self.orders.clone());
+        async move {
+            tokio::select! {
+                _ = stop.wait_for(|stop| *stop != Stop::No) => End::Stopped,
+                Ok(()) = orders.changed() => End::Changed,
+            }
+        }
+    }
+
     /// Connects again and again until it is asked to stop. Says through `pulse` that it makes progress; while the store
     /// owes it an answer, only an answer is.
     pub async fn run(mut self, pulse: Pulse) {
@@ -360,12 +448,22 @@ impl Uplink {
         let mut carry = Carry::default();
         while *self.stop.borrow() == Stop::No {
             self.pulse.beat(clock::mono_ms());
+            if self.orders.has_changed().unwrap_or(false) {
+                let connected = self.status.borrow().state == LinkState::Connected;
+                if !self.adopt(connected) {
+                    carry = Carry::default();
+                }
+            }
             self.set_state(LinkState::Connecting);
             let began = Instant::now();
             let end;
             (end, carry) = self.connection(carry).await;
             if matches!(end, End::Stopped) {
                 break;
+            }
+            if matches!(end, End::Changed) {
+                self.log.info("the configuration was changed: connecting anew");
+                continue;
             }
             if let End::FailBack { to, url } = &end {
                 self.log
@@ -464,6 +562,8 @@ impl Uplink {
         let until = Instant::now() + delay;
         let mut looks = interval(LOOK);
         let clock_was_right = clock::now().wall_is_right();
+        let interruption = self.interruption();
+        tokio::pin!(interruption);
         loop {
             tokio::select! {
                 _ = looks.tick() => {
@@ -475,8 +575,8 @@ impl Uplink {
                 }
                 Some(_) = self.qos0.recv() => self.stats.qos0_dropped.increment(),
                 Some(_) = self.announcements.recv() => {}
-                // Not the next change: the connection may have ended while it was being stopped.
-                _ = self.stop.wait_for(|stop| *stop != Stop::No) => return,
+                // Also what was asked for while the connection ended.
+                end = &mut interruption => return debug!(%end, "the wait is cut short"),
                 () = sleep_until(until) => return,
             }
         }
@@ -491,8 +591,27 @@ impl Uplink {
         });
     }
 
+    /// After a change: what is in flight at brokers, or as clients, that are not in the configuration any more goes back
+    /// into the queue by policy, as at a start.
+    async fn keep_owners(&mut self) -> Result<(), End> {
+        if self.owners_kept {
+            return Ok(());
+        }
+        let owners = self.brokers.iter().map(Settings::owner).collect();
+        let settled = self.store.keep_owners(owners, self.brokers[0].session.on_session_loss).await;
+        let settled = settled.map_err(|error| error.map_or(End::Stopped, End::Store))?;
+        self.stats.possibly_doubled.add(settled.possibly_doubled);
+        self.stats.possibly_lost.add(settled.possibly_lost);
+        self.owners_kept = true;
+        Ok(())
+    }
+
     /// One connection, from what must be committed before CONNECT to its end.
     async fn connection(&mut self, carry: Carry) -> (End, Carry) {
+        self.leaves = false;
+        if let Err(end) = self.keep_owners().await {
+            return (end, carry.after_store_failure());
+        }
         let owner = self.settings.owner();
         let policy = self.settings.session.on_session_loss;
         let (turned_to, mut turned) = mpsc::channel(8);
@@ -562,6 +681,17 @@ impl Uplink {
                     self.goodbye(session, &mut link, turned, epoch, drain).await?;
                     return Err(End::FailBack { to, url: self.brokers[to].url() });
                 }
+                Wake::Changed if self.goes_on() => {
+                    self.adopt(true);
+                    self.backoffs[self.choice.current()].connected(clock::mono_ms());
+                }
+                Wake::Changed => {
+                    // To be looked at between this connection and the next.
+                    self.orders.mark_changed();
+                    let drain = Some(Instant::now() + LEAVE);
+                    self.goodbye(session, &mut link, turned, epoch, drain).await?;
+                    return Err(End::Changed);
+                }
                 wake => self.handle(wake, session, &mut link).await?,
             }
             self.ask_for_better();
@@ -596,11 +726,10 @@ impl Uplink {
             self.log.warn(words);
         }
         let endpoint = settings.endpoint(tls.as_ref(), &self.stats);
-        let mut stop = self.stop.clone();
         self.pulse.busy(clock::mono_ms(), settings.connect_timeout);
         let stream = tokio::select! {
             stream = link::open(&endpoint) => stream?,
-            _ = stop.wait_for(|stop| *stop != Stop::No) => return Err(End::Stopped),
+            end = self.interruption() => return Err(end),
         };
         let mut link = Link::new(stream, settings.session.protocol, settings.max_packet);
         let connect = self.connect(discard)?;
@@ -614,29 +743,15 @@ impl Uplink {
     async fn first_packet(&self, link: &mut Link<Stream>) -> Result<Packet, End> {
         let patience = self.settings.connect_timeout;
         self.pulse.busy(clock::mono_ms(), patience);
-        let mut stop = self.stop.clone();
         tokio::select! {
             packet = timeout(patience, link.next()) => Ok(packet.map_err(|_| End::NoConnack(patience))??),
-            _ = stop.wait_for(|stop| *stop != Stop::No) => Err(End::Stopped),
+            end = self.interruption() => Err(end),
         }
     }
 
     fn connect(&self, discard: bool) -> Result<Connect, End> {
         let settings = &self.settings;
         let clean = discard || settings.session.clean_start;
-        let password = match &settings.password_file {
-            None => None,
-            Some(path) => {
-                let unreadable = |source| End::Password { path: path.clone(), source };
-                let mut file = secret::open(path).map_err(|error| match error {
-                    Unusable::Io(source) => unreadable(source),
-                    Unusable::Open { mode } => End::PasswordOpen { path: path.clone(), mode },
-                })?;
-                let mut text = String::new();
-                file.read_to_string(&mut text).map_err(unreadable)?;
-                Some(text.trim_end_matches(['\r', '\n']).to_owned())
-            }
-        };
         Ok(Connect {
             client_id: settings.client_id.clone(),
             clean,
@@ -649,7 +764,7 @@ impl Uplink {
             max_packet_bytes: settings.max_packet,
             will: (settings.will && !discard).then(|| within(self.presence.will(), settings.session.limits)),
             username: settings.username.clone(),
-            password,
+            password: settings.password()?,
         })
     }
 
@@ -786,6 +901,7 @@ impl Uplink {
             Some(better) = self.probe.join_next(), if !self.probe.is_empty() => {
                 Wake::Probed(better.unwrap_or(None))
             }
+            Ok(()) = self.orders.changed(), if !self.leaves => Wake::Changed,
             _ = self.stop.changed() => Wake::Stop,
         }
     }
@@ -816,7 +932,7 @@ impl Uplink {
                 false => self.stats.qos0_dropped.increment(),
             },
             Wake::Announcement(announcement) => announce(session, announcement, now_ms),
-            Wake::Tick | Wake::Probed(_) | Wake::Stop => {}
+            Wake::Tick | Wake::Probed(_) | Wake::Changed | Wake::Stop => {}
         }
         session.tick(now_ms)?;
         let (in_flight, window) = (session.in_flight() as u64, u64::from(session.window()));
@@ -913,6 +1029,7 @@ impl Uplink {
         epoch: u32,
         drain: Option<Instant>,
     ) -> Result<(), End> {
+        self.leaves = true;
         session.drain();
         if let Some(deadline) = drain {
             self.settle_until(deadline, session, link, turned, epoch).await?;

@@ -167,11 +167,26 @@ impl Presence {
         fault: Option<&str>,
         at: Stamp,
     ) -> Result<Announcement, TopicError> {
+        let topic = self.unit_topic(line, unit)?;
+        Ok(self.retained(&topic, format::unit_state(&self.speaker.gateway, line, unit, fault, at)))
+    }
+
+    /// Every topic on which the broker keeps something of ours, with these units, by line and name.
+    pub fn kept_topics<'a>(&self, units: impl Iterator<Item = (&'a str, &'a str)>) -> Vec<Topic> {
+        let units = units.filter_map(|(line, unit)| self.unit_topic(line, unit).ok());
+        [self.state.clone(), self.health.clone()].into_iter().chain(units).collect()
+    }
+
+    /// A zero-length retained message, which removes what the broker keeps on that topic (MQTT-3.3.1-6).
+    pub fn cleared(topic: &Topic) -> Announcement {
+        Announcement { topic: topic.clone(), payload: Bytes::new(), qos: Qos::AtLeastOnce, retain: true }
+    }
+
+    fn unit_topic(&self, line: &str, unit: &str) -> Result<Topic, TopicError> {
         if line.contains('/') || unit.contains('/') {
             return Err(TopicError::Character('/'));
         }
-        let topic = Topic::new(&format!("{}/unit/{line}/{unit}", self.base))?;
-        Ok(self.retained(&topic, format::unit_state(&self.speaker.gateway, line, unit, fault, at)))
+        Topic::new(&format!("{}/unit/{line}/{unit}", self.base))
     }
 
     /// What to do about a PUBLISH from the broker, which may hold anything. For any topic but the presence

@@ -40,7 +40,7 @@ const HOLD_LANE_MS: (u64, u64) = (30_000, 300_000);
 const REFUSED_MAX: usize = 10_000;
 
 /// What a session is made with.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
     /// Which protocol is spoken.
     pub protocol: Protocol,

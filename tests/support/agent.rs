@@ -179,6 +179,18 @@ impl Agent {
         fs::write(self.config_file(), config.text()).expect("the temporary directory can be written");
     }
 
+    /// Replaces the configuration and has the running agent read it, through the program.
+    pub fn reload(&self, config: &Config) -> Output {
+        self.configure(config);
+        self.reload_file()
+    }
+
+    /// Has the running agent read its configuration again, through the program.
+    pub fn reload_file(&self) -> Output {
+        let socket = self.socket();
+        fieldpost(&["reload", "--socket", socket.to_str().expect("the path is UTF-8")])
+    }
+
     /// Starts it on the files it has. Panics, with its log, unless its control socket answers.
     pub fn start_again(&mut self) {
         self.spawn();
@@ -281,6 +293,12 @@ impl Agent {
     pub fn expect_log(&self, within: Duration, text: &str) {
         let found = wait_until(within, || self.logged(text) > 0);
         assert!(found, "the agent did not log {text:?}:\n{}", self.tail());
+    }
+
+    /// Waits until its log holds this text so many times. Panics, with the log's tail, if it never does.
+    pub fn expect_log_times(&self, within: Duration, text: &str, times: usize) {
+        let found = wait_until(within, || self.logged(text) >= times);
+        assert!(found, "the agent did not log {text:?} {times} times:\n{}", self.tail());
     }
 
     /// Its process id while it runs.
@@ -441,9 +459,10 @@ pub fn be_the_agent() {
         machine_root: std::env::var_os(MACHINE_ROOT_VARIABLE)
             .map(|root| &*Box::leak(PathBuf::from(root).into_boxed_path())),
     };
-    let config = fieldpost::config::load(Path::new(&file)).expect("the test wrote a good configuration");
+    let file = PathBuf::from(file);
+    let config = fieldpost::config::load(&file).expect("the test wrote a good configuration");
     fieldpost::logging::start(&config.log);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.expect("the system gives an event queue");
-    runtime.block_on(fieldpost::agent::run_with(config, faults)).expect("the agent runs");
+    runtime.block_on(fieldpost::agent::run_with(config, file, faults)).expect("the agent runs");
 }
