@@ -420,7 +420,8 @@ mod tests {
 
     #[test]
     fn what_is_not_understood_is_a_fault_and_never_a_number() {
-        let broken: [(Sensor, fn(&mut Found) -> &mut Content, &[&str]); 8] = [
+        type Broken = (Sensor, fn(&mut Found) -> &mut Content, &'static [&'static str]);
+        let broken: [Broken; 8] = [
             (Sensor::CpuTemperature, |found| &mut found.temperature, &["", "hot", "48.2", "99999999999"]),
             (Sensor::UnderVoltage, |found| &mut found.throttled, &["", "0x", "zz", "123456789"]),
             (Sensor::UnderVoltageSinceBoot, |found| &mut found.low_voltage, &["", "2", "-1", "yes"]),
