@@ -331,6 +331,13 @@ impl Agent {
         reporter.spawn(faults.freeze(Part::Reporter, task.run(asked, reporter_stopped)));
         reporter.spawn(control::serve(listener, requests));
 
+        if !clock::is_judged() {
+            warn!(
+                "nobody says whether the clock is right, and values are called unsynchronised: the sandbox forbids to ask \
+                 the kernel, and systemd-timesyncd has set no clock yet; with another time service allow adjtimex \
+                 (systemd/fieldpost.service says how)"
+            );
+        }
         for warning in config.warnings() {
             warn!("{warning}");
         }

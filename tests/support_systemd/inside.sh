@@ -12,7 +12,7 @@ dropins=/etc/systemd/system/fieldpost.service.d
 config=/etc/fieldpost/fieldpost.toml
 password=c4nary-p4ssword
 # Highest exposure of `systemd-analyze security`, in tenths: see the unit for what is allowed and why.
-exposure_max=17
+exposure_max=15
 # Seconds within which anything happens, on a busy machine.
 patience=60
 n=0
@@ -180,17 +180,14 @@ sed -e 's/^Type=.*/Type=oneshot/' -e '/^ExecReload=/d;/^WatchdogSec=/d;/^Restart
     echo '[Service]'
     echo 'StandardOutput=file:/run/probe'
     echo 'TimeoutStartSec=30s'
-    grep -h '^Protect' /ci/dropin/* 2>/dev/null
 } >>/run/systemd/system/probe.service
 systemctl daemon-reload
 systemctl start probe.service
 sed 's/^/# in the sandbox: /' /run/probe
 kernel=$(perl /run/probe.pl | sed -n 's/^clock_adjtime //p')
 echo "# outside of it: clock_adjtime $kernel"
-ok "the clock may be asked" '
-    [ "$(grep -c "^\(adjtimex\|clock_adjtime\) $kernel\$" /run/probe)" = 2 ] && [ "$kernel" != refused ]'
 ok "the clock cannot be set, nothing be written, no namespace be made" \
-    '[ "$(grep -c "^\(set\|write\|namespace\) refused" /run/probe)" = 3 ]'
+    '[ "$kernel" != refused ] && [ "$(grep -c "^\(set\|write\|namespace\) refused" /run/probe)" = 3 ]'
 ok "boot id, memory and what the board says in /sys can be read" \
     '[ "$(grep -c "^\(boot_id\|meminfo\|sysfs\) read" /run/probe)" = 3 ]'
 
@@ -235,12 +232,15 @@ ok "reload keeps the process" '
 sed -i 's/^id = .*/id = ""/' $config
 ok "a bad configuration is refused by reload, and the agent goes on" \
     '! systemctl reload $unit 2>/dev/null && [ "$(pid)" = $before ] && fieldpost status >/dev/null'
+# What systemd-timesyncd does when it has set the clock.
+[ -e /ci/no-time-service ] || { mkdir -p /run/systemd/timesync && touch /run/systemd/timesync/synchronized; }
 ok "a stop is clean" '
     within $patience "[[ \$(is StatusText) == connected* ]]" && systemctl stop $unit &&
     [ "$(is Result) $(is ExecMainStatus)" = "success 0" ]'
 ok "and says goodbye: retained offline, stopped" '
     state=$(hear -t fieldpost/g1/state -C 1 -W 10) && echo "# $state" &&
     [[ $state == *\"offline\"* && $state == *\"stopped\"* ]]'
+ok "the clock is right once the time service says so" '[[ $state == *\"clock\":\"ok\"* ]]'
 ok "a bad configuration is refused at the start with 78, and not tried again" '
     ! systemctl start $unit 2>/dev/null && [ "$(is ExecMainStatus)" = 78 ] &&
     ! within 8 "[ \$(is SubState) != failed ]" && [ "$(is NRestarts)" = 0 ]'
