@@ -2,7 +2,8 @@
 # Debian packages: systemd/package.sh [--profile release|quick] [--program FILE] [amd64|arm64|armhf...]
 #
 # Without an architecture: this machine's. The program is built for it (cross/build.sh for another machine's), or is the
-# FILE, which says itself what it is for. Packages come to target/package, with their line in SHA256SUMS.
+# FILE, which says itself what it is for. armhf is built for ARMv7; a package for a Raspberry Pi Zero or 1 comes of
+# `cross/build.sh arm-unknown-linux-musleabihf` and its FILE. Packages come to target/package, with their line in SHA256SUMS.
 # The same sources, program and SOURCE_DATE_EPOCH (default: the time of the commit) make the same bytes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -18,7 +19,7 @@ while [ $# -gt 0 ]; do
   case $1 in
     --profile) profile=$2; shift 2 ;;
     --program) program=$(realpath "$2"); shift 2 ;;
-    -h | --help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit ;;
+    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit ;;
     amd64 | arm64 | armhf) architectures+=("$1"); shift ;;
     *) die "knows no $1; see systemd/package.sh --help" ;;
   esac
@@ -72,10 +73,9 @@ depends() {
     esac
   done
   local glibc
-  glibc=$(readelf -VW "$1" | grep -oE 'GLIBC_[0-9.]+' | sort -uV | tail -1)
-  [ -n "$glibc" ] || die "$1 names no version of glibc: a static program needs no package of its own kind"
-  # In the order in which cargo-deb writes them.
-  echo "adduser, libc6 (>= ${glibc#GLIBC_})$found"
+  glibc=$(readelf -VW "$1" | grep -oE 'GLIBC_[0-9.]+' | sort -uV | tail -1 || true)
+  # In the order in which cargo-deb writes them. A static program (ARMv6) needs no library.
+  echo "adduser${glibc:+, libc6 (>= ${glibc#GLIBC_})}$found"
 }
 
 # CHANGELOG.md in Debian's form, which knows versions and dates, and lines of 80 characters.
