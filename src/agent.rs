@@ -1,7 +1,7 @@
 //! Builds every task from the configuration, joins them with channels, changes them when it changes, stops them in order.
 //!
 //! ```text
-//! lines ──readings──► pipeline ──► store ◄──► uplink        reporter answers the control socket
+//! lines ──readings──► pipeline ──► store ◄──► uplink        reporter answers the control socket and HTTP
 //!   ▲───writes───── dispatch ◄───────┘
 //! ```
 //!
@@ -30,6 +30,7 @@ use crate::config::Config;
 use crate::control::wire::Answer;
 use crate::control::{self, BindError};
 use crate::health::{Reporter, Scope};
+use crate::http;
 use crate::message::TopicError;
 use crate::point::Reading;
 use crate::policy::format::Speaker;
@@ -315,6 +316,7 @@ impl Agent {
         let facts = facts(&config, started);
         let (scopes_to, scopes) = watch::channel(scope.clone());
         let outbox = store.clone();
+        let counters = Arc::clone(&stats);
         let task = Reporter {
             facts,
             scope,
@@ -329,6 +331,9 @@ impl Agent {
             pulse: faults.pulse(service, Part::Reporter, "the reporter"),
         };
         reporter.spawn(faults.freeze(Part::Reporter, task.run(asked, reporter_stopped)));
+        if let Some(settings) = config.http.clone() {
+            reporter.spawn(http::serve(settings, requests.clone(), counters, service.parts()));
+        }
         reporter.spawn(control::serve(listener, requests));
 
         if !clock::is_judged() {

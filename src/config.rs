@@ -8,6 +8,7 @@ mod change;
 mod check;
 mod commands;
 mod files;
+mod http;
 mod log;
 mod machine;
 mod modbus;
@@ -59,6 +60,8 @@ pub struct Config {
     pub budget: Option<BudgetSettings>,
     /// `[control]`
     pub control: Control,
+    /// `[http]`
+    pub http: Option<crate::http::Settings>,
     /// `[commands]`
     pub commands: Commands,
     /// `[log]`

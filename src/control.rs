@@ -47,10 +47,10 @@ const REQUESTS_MAX: usize = 256;
 const BYTES_MAX: usize = 4 * LINE_MAX_BYTES;
 
 /// How long the agent may take to answer. A lane may wait up to 60 s for its commit.
-const ANSWER_DEADLINE: Duration = Duration::from_secs(90);
+pub(crate) const ANSWER_DEADLINE: Duration = Duration::from_secs(90);
 
 /// How long the other end may take to read an answer.
-const WRITE_DEADLINE: Duration = Duration::from_secs(10);
+pub(crate) const WRITE_DEADLINE: Duration = Duration::from_secs(10);
 /// Answers that are written together, about.
 const ANSWERS_BYTES: usize = 16 << 10;
 
@@ -68,15 +68,16 @@ pub struct Request {
 pub enum Ask {
     /// [`Answer::Status`].
     Status,
-    /// [`Answer::Accepted`] after COMMIT, or [`Answer::HandedOver`] for QoS 0.
-    Publish(Message),
+    /// Messages that are accepted together or not at all: [`Answer::Accepted`] after COMMIT. Or one at QoS 0, which is
+    /// never stored: [`Answer::HandedOver`].
+    Publish(Vec<Message>),
     /// [`Answer::Messages`], [`Answer::DeadLetters`] or [`Answer::Changed`].
     Queue(wire::QueueAsk),
     /// [`Answer::Reloaded`] or [`Answer::NotReloaded`].
     Reload,
 }
 
-/// Why there is no control socket.
+/// Why there is no socket.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
     /// Somebody answers there.
@@ -86,14 +87,14 @@ pub enum BindError {
         path: PathBuf,
     },
     /// Something else has that name, and is left alone.
-    #[error("{} is not a socket; move it away or choose another [control] socket", path.display())]
+    #[error("{} is not a socket; move it away or choose another path for the socket", path.display())]
     NotASocket {
         /// The file.
         path: PathBuf,
     },
     /// The operating system refused.
     #[error(
-        "cannot make the control socket {}: {source}; its folder must exist, belong to the agent's user, and the \
+        "cannot make the socket {}: {source}; its folder must exist, belong to the agent's user, and the \
          whole path be shorter than 108 bytes",
         path.display()
     )]
@@ -112,19 +113,31 @@ pub struct Listener {
     path: PathBuf,
 }
 
+impl Listener {
+    /// The next connection.
+    pub(crate) async fn accept(&self) -> io::Result<UnixStream> {
+        Ok(self.inner.accept().await?.0)
+    }
+}
+
 impl Drop for Listener {
     fn drop(&mut self) {
         if let Err(error) = std::fs::remove_file(&self.path) {
-            debug!(%error, path = %self.path.display(), "the control socket was not removed");
+            debug!(%error, path = %self.path.display(), "the socket was not removed");
         }
     }
 }
 
-/// Makes the socket, in place of one that nobody listens on any more. Call it within a runtime.
+/// Makes the control socket, in place of one that nobody listens on any more. Call it within a runtime.
 ///
 /// # Errors
 /// Somebody answers there, something else has that name, or the operating system refuses.
 pub fn bind(path: &Path) -> Result<Listener, BindError> {
+    bind_for(path, CONNECTIONS_MAX)
+}
+
+/// Like [`bind`], for a socket on which so many connections may wait to be accepted.
+pub(crate) fn bind_for(path: &Path, backlog: usize) -> Result<Listener, BindError> {
     let failed = |source| BindError::Io { path: path.to_owned(), source };
     remove_stale(path)?;
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None).map_err(failed)?;
@@ -134,7 +147,7 @@ pub fn bind(path: &Path) -> Result<Listener, BindError> {
     rustix::fs::fchmod(&socket, only_us).map_err(|errno| failed(errno.into()))?;
     socket.bind(&SockAddr::unix(path).map_err(failed)?).map_err(failed)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(SOCKET_MODE)).map_err(failed)?;
-    socket.listen(CONNECTIONS_MAX as i32).map_err(failed)?;
+    socket.listen(i32::try_from(backlog).unwrap_or(i32::MAX)).map_err(failed)?;
     socket.set_nonblocking(true).map_err(failed)?;
     let inner = UnixListener::from_std(socket.into()).map_err(failed)?;
     Ok(Listener { inner, path: path.to_owned() })
@@ -166,15 +179,15 @@ pub async fn serve(listener: Listener, requests: mpsc::Sender<Request>) {
     let (mut deaf, started) = (Trouble::default(), Instant::now());
     loop {
         let accepted = tokio::select! {
-            accepted = listener.inner.accept() => accepted,
+            accepted = listener.accept() => accepted,
             Some(_) = connections.join_next() => continue,
             () = requests.closed() => break,
         };
         match accepted {
-            Ok((stream, _)) if connections.len() < CONNECTIONS_MAX => {
+            Ok(stream) if connections.len() < CONNECTIONS_MAX => {
                 connections.spawn(converse(stream, requests.clone(), Arc::clone(&bytes)));
             }
-            Ok((stream, _)) => turn_away(&stream),
+            Ok(stream) => turn_away(&stream),
             Err(error) => {
                 // Out of file descriptors, most likely: accept would fail again at once.
                 let now_ms = started.elapsed().as_millis() as u64;
@@ -252,11 +265,29 @@ async fn forward(line: &str, requests: &mpsc::Sender<Request>, bytes: &Arc<Semap
     let Ok(Ok(permit)) = timeout(ANSWER_DEADLINE, Arc::clone(bytes).acquire_many_owned(size)).await else {
         return refused("too much is waiting to be accepted; try again".to_owned());
     };
+    match put_to(requests, ask).await {
+        Ok(answer) => Pending::Later(answer, permit),
+        Err(answer) => Pending::Now(answer),
+    }
+}
+
+/// Puts a question to the agent, which takes questions in the order in which this is awaited.
+async fn put_to(requests: &mpsc::Sender<Request>, ask: Ask) -> Result<oneshot::Receiver<Answer>, Answer> {
     let (reply, answer) = oneshot::channel();
     match requests.send_timeout(Request { ask, reply }, ANSWER_DEADLINE).await {
-        Ok(()) => Pending::Later(answer, permit),
-        Err(mpsc::error::SendTimeoutError::Timeout(_)) => refused("the agent is busy; try again".to_owned()),
-        Err(mpsc::error::SendTimeoutError::Closed(_)) => refused("the agent is stopping".to_owned()),
+        Ok(()) => Ok(answer),
+        Err(mpsc::error::SendTimeoutError::Timeout(_)) => {
+            Err(Answer::Refused { reason: "the agent is busy; try again".to_owned() })
+        }
+        Err(mpsc::error::SendTimeoutError::Closed(_)) => Err(stopping()),
+    }
+}
+
+/// Puts a question to the agent and waits for its answer.
+pub(crate) async fn ask(requests: &mpsc::Sender<Request>, ask: Ask) -> Answer {
+    match put_to(requests, ask).await {
+        Ok(answer) => agents_answer(answer).await,
+        Err(answer) => answer,
     }
 }
 
@@ -354,8 +385,8 @@ mod tests {
     async fn agent(mut requests: mpsc::Receiver<Request>) {
         while let Some(Request { ask, reply }) = requests.recv().await {
             let answer = match &ask {
-                Ask::Publish(message) if message.topic.as_str() == "silent" => continue,
-                Ask::Publish(message) if message.topic.as_str() == "no" => {
+                Ask::Publish(messages) if messages[0].topic.as_str() == "silent" => continue,
+                Ask::Publish(messages) if messages[0].topic.as_str() == "no" => {
                     Answer::Refused { reason: "full".into() }
                 }
                 _ => Answer::Accepted {},
@@ -407,8 +438,8 @@ mod tests {
         let (read, mut write) = stream.into_split();
         write.write_all(publish("a/b").as_bytes()).await.expect("written");
         let Request { ask, reply } = timeout(PATIENCE, served.requests.recv()).await.unwrap().unwrap();
-        let Ask::Publish(message) = ask else { panic!("a message, not {ask:?}") };
-        assert_eq!(message.topic.as_str(), "a/b");
+        let Ask::Publish(messages) = ask else { panic!("a message, not {ask:?}") };
+        assert_eq!(messages[0].topic.as_str(), "a/b");
         let mut lines = BufReader::new(read).lines();
         let early = timeout(Duration::from_millis(50), lines.next_line()).await;
         assert!(early.is_err(), "an answer before there was one: {early:?}");

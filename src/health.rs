@@ -1,6 +1,6 @@
 //! What is told about the gateway's own state: status screens, the health message, unit states, gap records.
 //!
-//! One task answers the control socket and speaks for the gateway. Invariant: what a limit or damage took is
+//! One task answers the control socket and HTTP, and speaks for the gateway. Invariant: what a limit or damage took is
 //! told upstream (P5), and its gap is closed in the transaction that stores the telling.
 
 use std::collections::BTreeMap;
@@ -24,6 +24,7 @@ use crate::point::{Fault, Value};
 use crate::policy::format::{
     self, BudgetHealth, CommandsHealth, Health, LaneHealth, LineHealth, LinkHealth, StoreHealth,
 };
+use crate::process;
 use crate::progress::Pulse;
 use crate::queue;
 use crate::source::machine::{Sensor, Values};
@@ -39,7 +40,7 @@ use crate::uplink::presence::{Announcement, Presence};
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Without a loss for so long, it is over: whole segments go at once, and at a low rate the next is full much later.
 const LOSSES_END: Duration = Duration::from_secs(600);
-/// Publish requests from the control socket that wait for their commit, at most.
+/// Publish requests that wait for their commit, at most.
 const PUBLISHING_MAX: usize = 4096;
 
 /// Corrections of the clock that wait for a store that takes nothing, at most.
@@ -197,26 +198,22 @@ impl Reporter {
                     tell(refused.into_inner(), Answer::Refused { reason });
                 }
             }
-            Ask::Publish(message) if message.qos == Qos::AtMostOnce => {
-                let answer = match self.qos0.try_send(message) {
-                    Ok(()) => Answer::HandedOver {},
-                    Err(_) => {
-                        self.stats.qos0_dropped.increment();
-                        Answer::Refused { reason: "the link is busy; QoS 0 messages are not queued".into() }
-                    }
-                };
-                tell(reply, answer);
-            }
-            Ask::Publish(message) => {
-                let stats = Arc::clone(&self.stats);
+            Ask::Publish(mut messages) => {
+                if let [message] = &messages[..]
+                    && message.qos == Qos::AtMostOnce
+                {
+                    tell(reply, self.send_once(messages.remove(0)));
+                    return None;
+                }
+                let (stats, count) = (Arc::clone(&self.stats), messages.len() as u64);
                 // In the order of the requests (P4); only their commits are awaited together.
-                let handed_in = self.store.hand_in(vec![message]).await;
+                let handed_in = self.store.hand_in(messages).await;
                 return Some(Box::pin(async move {
                     let settled = async { handed_in?.settled().await };
                     let answer = match settled.await {
                         Ok(_) => Answer::Accepted {},
                         Err(refusal) => {
-                            stats.messages_not_accepted.increment();
+                            stats.messages_not_accepted.add(count);
                             Answer::Refused { reason: refusal.to_string() }
                         }
                     };
@@ -239,6 +236,17 @@ impl Reporter {
         let lines: Vec<_> = self.scope.lines.iter().map(|line| line.borrow().clone()).collect();
         let text = summary(&self.link.borrow(), &queue, &lines);
         self.summary.send_replace(text);
+    }
+
+    /// A QoS 0 message to the uplink.
+    fn send_once(&self, message: Message) -> Answer {
+        match self.qos0.try_send(message) {
+            Ok(()) => Answer::HandedOver {},
+            Err(_) => {
+                self.stats.qos0_dropped.increment();
+                Answer::Refused { reason: "the link is busy; QoS 0 messages are not queued".into() }
+            }
+        }
     }
 
     /// Says what has changed since it was last told, and what is due.
@@ -462,23 +470,15 @@ impl Reporter {
             Some(Err(error)) => (None, Some(error.to_string())),
             None => (None, Some("the store has stopped".to_owned())),
         };
+        let process = process::look();
         wire::Status {
             gateway: self.facts.gateway.clone(),
             version: env!("CARGO_PKG_VERSION").into(),
             uptime_ms: now.ms_since(self.facts.started),
             link: self.link_status(now),
-            queue: look.as_ref().map_or_else(Vec::new, |look| {
-                lanes(look, |lane, depth| wire::LaneQueue {
-                    lane: lane.name().into(),
-                    messages: depth.messages,
-                    bytes: depth.bytes,
-                    oldest_age_ms: depth.oldest_age_ms,
-                    in_flight: depth.in_flight,
-                    accepted: depth.accepted,
-                    dropped: dropped_of(look, lane),
-                    limit_bytes: depth.limit_bytes,
-                })
-            }),
+            queue: look
+                .as_ref()
+                .map_or_else(Vec::new, |look| lanes(look, |lane, depth| self.lane_queue(look, lane, depth))),
             dropped: look.as_ref().map_or_else(BTreeMap::new, dropped_by_reason),
             dead_letters: look.as_ref().map_or(0, |look| look.dead_letters),
             commands_waiting: look.as_ref().map_or(0, |look| look.inbox),
@@ -490,6 +490,13 @@ impl Reporter {
                 epoch: look.as_ref().map_or(0, |look| look.boot.epoch),
                 accepting: error.is_none(),
                 error,
+                database_bytes: look.as_ref().map_or(0, |look| look.database_bytes),
+                log_bytes: look.as_ref().map_or(0, |look| look.log_bytes),
+                commits: wire::Commits {
+                    number: self.stats.commit_times.number(),
+                    total_us: self.stats.commit_times.total_us(),
+                    up_to_us: self.stats.commit_times.up_to(),
+                },
             },
             budget: look.and_then(|look| look.budget).map(|budget| wire::Budget {
                 used_bytes: budget.used_bytes,
@@ -500,6 +507,29 @@ impl Reporter {
             lines: self.scope.lines.iter().map(|line| line_status(&line.borrow(), now)).collect(),
             machine: self.scope.machine.borrow().iter().map(machine_value).collect(),
             counters: self.stats.all().into_iter().map(|(name, n)| (name.to_owned(), n)).collect(),
+            process: wire::Process {
+                resident_bytes: process.resident_bytes,
+                cpu_ms: process.cpu_ms,
+                written_bytes: process.written_bytes,
+            },
+        }
+    }
+
+    fn lane_queue(&self, look: &Look, lane: Lane, depth: &store::LaneDepth) -> wire::LaneQueue {
+        let dropped = look.dropped.iter().filter(|(of, ..)| *of == lane);
+        wire::LaneQueue {
+            lane: lane.name().into(),
+            messages: depth.messages,
+            bytes: depth.bytes,
+            oldest_age_ms: depth.oldest_age_ms,
+            in_flight: depth.in_flight,
+            accepted: depth.accepted,
+            dropped: dropped_of(look, lane),
+            limit_bytes: depth.limit_bytes,
+            accepted_since_start: self.stats.accepted_by_lane[lane as usize].get(),
+            delivered_since_start: self.stats.delivered_by_lane[lane as usize].get(),
+            dropped_by_reason: dropped.map(|(_, reason, count)| (reason.clone(), *count)).collect(),
+            refusing: look.refusing[lane as usize].as_ref().map(ToString::to_string),
         }
     }
 
@@ -677,6 +707,7 @@ fn line_status(line: &LineStatus, now: Stamp) -> wire::Line {
                 last_error: unit.last_error.clone(),
                 polls: unit.polls,
                 errors: unit.errors,
+                errors_by_kind: unit.errors_by_kind.iter().map(|(kind, n)| ((*kind).into(), *n)).collect(),
                 last_ok_age_ms: unit.last_ok.map(|at| now.ms_since(at)),
             })
             .collect(),

@@ -89,12 +89,12 @@ pub struct Watch {
 impl Watch {
     /// Watches this part from now on.
     pub fn add(&mut self, part: String, pulse: &Pulse) {
+        self.parts.retain(|(_, beat)| beat.strong_count() > 0);
         self.parts.push((part, Arc::downgrade(&pulse.beat)));
     }
 
     /// Who is stuck, in the order in which they were added.
-    pub fn stuck(&mut self, now_ms: u64) -> Vec<Stuck> {
-        self.parts.retain(|(_, beat)| beat.strong_count() > 0);
+    pub fn stuck(&self, now_ms: u64) -> Vec<Stuck> {
         let judge = |(part, beat): &(String, Weak<Beat>)| {
             let beat = beat.upgrade()?;
             let silent_ms = now_ms.saturating_sub(beat.last_ms.load(Ordering::Relaxed));
@@ -171,7 +171,7 @@ mod tests {
         for ((name, _), pulse) in parts.iter().zip(&pulses) {
             watch.add((*name).into(), pulse);
         }
-        let mut names =
+        let names =
             |now_ms| watch.stuck(now_ms).into_iter().map(|stuck| stuck.part).collect::<Vec<_>>().join(", ");
         assert_eq!(names(60_000), "");
         assert_eq!(names(60_001), "line1");

@@ -45,6 +45,8 @@ const ORDERS_MAX: usize = 64;
 #[derive(Debug)]
 pub struct Service {
     thread: Option<(SyncSender<Order>, JoinHandle<()>)>,
+    /// Every part, for whoever else asks: there may be no service manager.
+    parts: watch::Sender<Watch>,
 }
 
 #[derive(Debug)]
@@ -63,7 +65,7 @@ impl Service {
     /// The address in the environment makes no sense, or there is no socket or thread.
     pub fn begin(summary: watch::Receiver<String>) -> io::Result<Self> {
         let Some(address) = std::env::var_os(SOCKET).filter(|address| !address.is_empty()) else {
-            return Ok(Service { thread: None });
+            return Ok(Service { thread: None, parts: watch::Sender::default() });
         };
         let manager = Manager::at(&address)?;
         let (orders, to_do) = sync_channel(ORDERS_MAX);
@@ -79,7 +81,7 @@ impl Service {
             stuck: Vec::new(),
         };
         let thread = std::thread::Builder::new().name("service".into()).spawn(move || feeder.run(&to_do))?;
-        Ok(Service { thread: Some((orders, thread)) })
+        Ok(Service { thread: Some((orders, thread)), parts: watch::Sender::default() })
     }
 
     /// Watches a part from now on: it makes progress at least every `patience`, beside steps of which it says how long
@@ -87,7 +89,13 @@ impl Service {
     pub fn part(&self, name: &str, patience: Duration) -> Pulse {
         let pulse = Pulse::new(patience, clock::mono_ms());
         self.order(Order::Watch(name.to_owned(), pulse.clone()));
+        self.parts.send_modify(|watch| watch.add(name.to_owned(), &pulse));
         pulse
+    }
+
+    /// Every part that is watched.
+    pub fn parts(&self) -> watch::Receiver<Watch> {
+        self.parts.subscribe()
     }
 
     /// The database is open, and the control socket answers.

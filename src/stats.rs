@@ -1,8 +1,10 @@
-//! The named counters: what was read, accepted, sent, refused and lost. Plain atomics, one set per agent.
+//! The named counters: what was read, accepted, sent, refused and lost, and how long commits took. Plain atomics, one
+//! set per agent.
 //!
 //! Invariant (P5): whatever is given up is counted here or in the store's own durable drop counters.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 /// A counter that only goes up.
 #[derive(Debug, Default)]
@@ -30,16 +32,76 @@ impl Counter {
     }
 }
 
+/// Upper bounds of the steps of [`Durations`], in microseconds: from a fast disk's sync to a failing card's.
+const STEPS_US: [u64; 13] = [
+    500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000, 1_000_000, 2_500_000,
+    10_000_000,
+];
+
+/// How often something took how long.
+#[derive(Debug, Default)]
+pub struct Durations {
+    steps: [Counter; STEPS_US.len()],
+    longer: Counter,
+    total_us: Counter,
+}
+
+impl Durations {
+    /// Counts one.
+    pub fn count(&self, took: Duration) {
+        let us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+        let step = STEPS_US.iter().position(|bound| us <= *bound);
+        step.map_or(&self.longer, |step| &self.steps[step]).increment();
+        self.total_us.add(us);
+    }
+
+    /// For each upper bound in microseconds, how many took no longer.
+    pub fn up_to(&self) -> Vec<(u64, u64)> {
+        let mut sum = 0;
+        let add = |(bound, step): (&u64, &Counter)| {
+            sum += step.get();
+            (*bound, sum)
+        };
+        STEPS_US.iter().zip(&self.steps).map(add).collect()
+    }
+
+    /// How many there were.
+    pub fn number(&self) -> u64 {
+        self.steps.iter().map(Counter::get).sum::<u64>() + self.longer.get()
+    }
+
+    /// All of them together, in microseconds.
+    pub fn total_us(&self) -> u64 {
+        self.total_us.get()
+    }
+}
+
 macro_rules! counters {
-    ($($(#[$doc:meta])* $name:ident,)*) => {
-        /// Every counter of the agent that starts at 0 with the process.
+    ($($(#[doc = $doc:literal])* $name:ident,)*) => {
+        /// What the agent counts from 0 on with each start.
         #[derive(Debug, Default)]
-        pub struct Stats { $($(#[$doc])* pub $name: Counter,)* }
+        pub struct Stats {
+            $($(#[doc = $doc])* pub $name: Counter,)*
+            /// Messages the store accepted, in the order of [`Lane::ALL`].
+            ///
+            /// [`Lane::ALL`]: crate::message::Lane::ALL
+            pub accepted_by_lane: [Counter; 3],
+            /// Messages whose last acknowledgement arrived, in the same order.
+            pub delivered_by_lane: [Counter; 3],
+            /// How long the store's commits took.
+            pub commit_times: Durations,
+        }
 
         impl Stats {
-            /// Every counter with its name, in the order above.
+            /// Every named counter, in the order above.
             pub fn all(&self) -> Vec<(&'static str, u64)> {
                 vec![$((stringify!($name), self.$name.get()),)*]
+            }
+
+            /// What a counter counts, in words.
+            pub fn meaning(name: &str) -> Option<&'static str> {
+                const MEANINGS: &[(&str, &str)] = &[$((stringify!($name), concat!($($doc),*)),)*];
+                MEANINGS.iter().find(|(other, _)| *other == name).map(|(_, meaning)| meaning.trim_start())
             }
         }
     };
@@ -148,4 +210,43 @@ counters! {
     sessions_lost,
     /// Log lines left out, because one place in the program had too many.
     log_lines_left_out,
+    /// HTTP requests answered.
+    http_requests,
+    /// HTTP connections turned away, because there were `max_connections`.
+    http_connections_refused,
+    /// HTTP requests given up, because their headers were malformed, too large, or took longer than `read_timeout`.
+    http_headers_refused,
+    /// HTTP requests refused, because their body was too large or took longer than `read_timeout`.
+    http_bodies_refused,
+    /// HTTP requests told to try again later, because too many or too large ones were waiting.
+    http_busy,
+    /// HTTP requests without the right token.
+    http_unauthorized,
+    /// HTTP requests that looked like a web page's.
+    http_forbidden,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_counted_up_to_each_bound() {
+        let durations = Durations::default();
+        for us in [0, 500, 501, 20_000_000] {
+            durations.count(Duration::from_micros(us));
+        }
+        assert_eq!(durations.up_to()[..3], [(500, 2), (1_000, 3), (2_500, 3)]);
+        assert_eq!(durations.up_to().last(), Some(&(10_000_000, 3)));
+        assert_eq!((durations.number(), durations.total_us()), (4, 20_001_001));
+    }
+
+    #[test]
+    fn every_counter_says_what_it_counts() {
+        for (name, _) in Stats::default().all() {
+            let meaning = Stats::meaning(name).unwrap_or_default();
+            assert!(meaning.ends_with('.') && !meaning.starts_with(' '), "{name}: {meaning:?}");
+        }
+        assert_eq!(Stats::meaning("messages_accepted"), Some("Messages the store accepted."));
+    }
 }

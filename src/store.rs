@@ -340,12 +340,18 @@ pub struct Look {
     pub inbox: u64,
     /// QoS 2 exchanges that have begun.
     pub rows: u64,
+    /// Why a small message of a lane would be refused as things are, in the order of [`Lane::ALL`].
+    pub refusing: [Option<NotAccepted>; 3],
     /// Bytes of message segments, against the quota.
     pub used_bytes: u64,
     /// The quota.
     pub quota: u64,
     /// Free bytes of its file system; `None` where the system does not know.
     pub free_disk: Option<u64>,
+    /// Bytes of the database file.
+    pub database_bytes: u64,
+    /// Bytes of its write-ahead log.
+    pub log_bytes: u64,
     /// The byte budget, if there is one.
     pub budget: Option<BudgetLook>,
     /// Which start this is.
@@ -510,6 +516,13 @@ impl Store {
         }
     }
 
+    /// Asks the file system for its free space, so that [`Store::look`] knows whether messages are refused for it.
+    pub fn look_at_disk(&mut self, now: Stamp) {
+        if let Some(database) = &mut self.database {
+            database.look_at_disk(now);
+        }
+    }
+
     /// What a new connection starts from: the owner is recorded (broker and client identifier), and whether "session
     /// present" can still be believed. `unacked` are the QoS 1 messages the session still holds itself.
     ///
@@ -617,7 +630,14 @@ impl Store {
     pub fn look(&self, now: Stamp) -> Result<Look, StoreError> {
         let database = self.database.as_ref().ok_or_else(|| self.gone())?;
         let look = database.look(now).map_err(|source| sqlite_error(&self.settings.path, source))?;
-        Ok(Look { damage: self.damage.clone(), trouble: self.trouble.clone(), ..look })
+        let size = |path: &Path| fs::metadata(path).map_or(0, |file| file.len());
+        Ok(Look {
+            damage: self.damage.clone(),
+            trouble: self.trouble.clone(),
+            database_bytes: size(&self.settings.path),
+            log_bytes: size(&with_suffix(&self.settings.path, "-wal")),
+            ..look
+        })
     }
 
     /// A number SQLite reports of itself, `synchronous` for one; -1 when it does not know it.

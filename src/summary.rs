@@ -111,8 +111,7 @@ mod tests {
             ok: error.is_none(),
             last_error: error.map(str::to_owned),
             polls: 1,
-            errors: 0,
-            last_ok: None,
+            ..UnitStatus::default()
         };
         LineStatus { name: name.into(), up: true, error: None, units: units.iter().map(unit).collect() }
     }

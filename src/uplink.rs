@@ -8,6 +8,5 @@ pub mod link;
 mod log;
 pub mod packet;
 pub mod presence;
-mod secret;
 pub mod session;
 pub mod tls;

@@ -144,6 +144,61 @@ fn the_defaults_are_those_of_the_reference_file() {
     assert_eq!(config.control.socket, Path::new("/var/lib/fieldpost/control.sock"));
     assert_eq!(config.log, logging::Settings::default());
     assert!(config.modbus.is_empty() && config.points.is_empty());
+    assert_eq!(config.http, None);
+    let http = good(&format!("{SMALLEST}[http]\n")).http.expect("the table is there");
+    assert_eq!((http.listen.to_string().as_str(), http.token_file), ("127.0.0.1:8090", None));
+    assert_eq!((http.max_connections, http.max_waiting, http.max_body), (128, 64, 256 << 10));
+    assert_eq!(http.read_timeout, 10 * second);
+}
+
+#[test]
+fn http_listens_on_an_address_or_a_socket_and_needs_a_token_where_others_can_reach_it() {
+    let listens = |lines: &str| {
+        let parsed = parse(&format!("{SMALLEST}[http]\n{lines}\n"));
+        parsed
+            .map(|config| config.http.expect("the table is there").listen.to_string())
+            .map_err(|p| p.to_string())
+    };
+    for (written, meant) in [
+        ("127.0.0.1:1", "127.0.0.1:1"),
+        ("127.1.2.3:8090", "127.1.2.3:8090"),
+        ("[::1]:8090", "[::1]:8090"),
+        ("unix:/run/fieldpost/http.sock", "unix:/run/fieldpost/http.sock"),
+        ("unix:http.sock", "unix:http.sock"),
+    ] {
+        assert_eq!(listens(&format!("listen = \"{written}\"")).as_deref(), Ok(meant));
+    }
+    for address in ["0.0.0.0:8090", "[::]:8090", "192.168.1.5:8090", "[::ffff:10.0.0.1]:80"] {
+        let open = listens(&format!("listen = \"{address}\"")).expect_err("others can reach it");
+        assert!(
+            open.contains("f.toml:6:10") && open.contains("can be reached from other machines"),
+            "{open}"
+        );
+        assert!(open.contains("openssl rand"), "{open}");
+        assert_eq!(listens(&format!("listen = \"{address}\"\ntoken_file = \"t\"")), Ok(address.into()));
+    }
+    for (written, help) in [
+        ("8090", "write \"127.0.0.1:8090\""),
+        ("\"8090\"", "write \"127.0.0.1:8090\""),
+        ("\":8090\"", "write \"127.0.0.1:8090\""),
+        ("\"localhost:8090\"", "write \"127.0.0.1:8090\""),
+        ("\"http://127.0.0.1:8090/\"", "write \"127.0.0.1:8090\""),
+        ("\"127.0.0.1\"", "write \"127.0.0.1:8090\""),
+        ("\"::1\"", "write \"[::1]:8090\""),
+        ("\"/run/http.sock\"", "write \"unix:/run/http.sock\""),
+        ("\"127.0.0.1:0\"", "a port is 1 to 65535"),
+        ("\"unix:\"", "the path is empty"),
+        ("\"gateway.example:8090\"", "an IP address and port"),
+        ("true", "expected a text"),
+    ] {
+        let told = listens(&format!("listen = {written}")).expect_err(written);
+        assert!(told.contains(help), "{written}: {told}");
+    }
+    let long = listens(&format!("listen = \"unix:/{}\"", "x".repeat(107))).expect_err("too long");
+    assert!(long.contains("108 bytes"), "{long}");
+    let open = "[http]\nlisten = \"0.0.0.0:8090\"\ntoken_file = \"t\"\n";
+    let warnings = good(&format!("{SMALLEST}{open}")).warnings();
+    assert!(warnings.len() == 1 && warnings[0].contains("unencrypted"), "{warnings:?}");
 }
 
 #[test]

@@ -30,6 +30,8 @@ const LAYERS: &[Layer] = &[
         pure: true,
     },
     Layer { name: "clock", files: &["clock"], may: &["clock"], pure: false },
+    Layer { name: "files with secrets", files: &["secret"], may: &[], pure: false },
+    Layer { name: "our own process", files: &["process"], may: &[], pure: false },
     Layer { name: "clock's correction", files: &["clock/correction"], may: &["clock::Stamp"], pure: true },
     Layer {
         name: "how lines read",
@@ -101,24 +103,9 @@ const LAYERS: &[Layer] = &[
     },
     Layer {
         name: "edge: link",
-        files: &[
-            "uplink",
-            "uplink/link",
-            "uplink/link/metered",
-            "uplink/link/open",
-            "uplink/secret",
-            "uplink/tls",
-        ],
+        files: &["uplink", "uplink/link", "uplink/link/metered", "uplink/link/open", "uplink/tls"],
         // The clock for certificates.
-        may: &[
-            "clock",
-            "message",
-            "stats",
-            "uplink::packet",
-            "uplink::link",
-            "uplink::secret",
-            "uplink::tls",
-        ],
+        may: &["clock", "message", "secret", "stats", "uplink::packet", "uplink::link", "uplink::tls"],
         pure: false,
     },
     Layer {
@@ -129,6 +116,7 @@ const LAYERS: &[Layer] = &[
             "clock",
             "message",
             "progress",
+            "secret",
             "stats",
             "store",
             "uplink",
@@ -144,6 +132,20 @@ const LAYERS: &[Layer] = &[
         pure: false,
     },
     Layer { name: "edge: service manager", files: &["service"], may: &["clock", "progress"], pure: false },
+    Layer {
+        name: "requests over HTTP",
+        files: &["http/body", "http/metrics", "http/route"],
+        // What messages and states look like is one contract, the control socket's.
+        may: &["clock::Stamp", "control::wire", "http::route", "message", "stats"],
+        pure: true,
+    },
+    Layer {
+        name: "edge: HTTP",
+        // A second door to the same agent: it asks through the first one's channel, and knows no store.
+        files: &["http", "http/listener"],
+        may: &["clock", "control", "http", "message", "progress", "secret", "stats"],
+        pure: false,
+    },
     // ---- glue and assembly
     Layer {
         name: "glue: the way up",
@@ -190,6 +192,7 @@ const LAYERS: &[Layer] = &[
             "logging::left_out",
             "message",
             "policy::format",
+            "process",
             "progress",
             "queue",
             "point",
@@ -213,6 +216,8 @@ const LAYERS: &[Layer] = &[
         // know no configuration, and nothing is written down twice.
         may: &[
             "config",
+            "http::Listen",
+            "http::Settings",
             "logging",
             "message",
             "point",
@@ -300,6 +305,9 @@ const PLACES: &[(&str, &[&str])] = &[
     ("crc32c", &["store/segment"]),
     ("fastrand", &["agent", "uplink/connection"]),
     ("futures_util", &["*"]),
+    ("http_body_util", &["http"]),
+    ("hyper", &["http", "http/route"]),
+    ("hyper_util", &["http"]),
     ("indicatif", &["cli*"]),
     // Payload times, the dates of certificates in messages for people, and where a month begins.
     ("jiff", &["policy/format", "store/budget", "uplink/tls"]),
@@ -323,6 +331,7 @@ const PLACES: &[(&str, &[&str])] = &[
             "control",
             "health",
             "logging",
+            "process",
             "service",
             "source/machine",
             "source/modbus/silence",
@@ -343,6 +352,8 @@ const PLACES: &[(&str, &[&str])] = &[
             "cli/status",
             "cli/watch",
             "control*",
+            "http",
+            "http/body",
             "logging*",
             "policy/command",
             "policy/format",
@@ -350,11 +361,12 @@ const PLACES: &[(&str, &[&str])] = &[
     ),
     ("socket2", &["control", "uplink/link/open"]),
     ("strsim", &["config*"]),
+    ("subtle", &["http/route"]),
     ("tokio", &["*"]),
     ("tokio_modbus", &["source/modbus/client"]),
     ("tokio_rustls", &["uplink/link*", "uplink/tls"]),
     ("tokio_serial", &["source/modbus/client"]),
-    ("tokio_util", &["control", "uplink/link*"]),
+    ("tokio_util", &["control", "http/listener", "uplink/link*"]),
     ("toml", &["config*"]),
     ("tracing", &["*"]),
     ("unicode_width", &["cli/columns"]),
@@ -784,6 +796,9 @@ fn the_checker_catches_what_it_is_there_for() {
         ("store/outbox", "use crate::uplink::packet::Packet;", "edge: store may not import"),
         ("source/modbus/line", "use crate::store;", "edge: sources may not import"),
         ("control", "use crate::config::Config;", "edge: control socket may not import"),
+        ("http", "use crate::store::Handle;", "edge: HTTP may not import"),
+        ("http/route", "use tokio::time::sleep;", "requests over HTTP is pure"),
+        ("control", "use hyper::Request;", "hyper is named in http"),
         ("config/broker", "use crate::uplink::connection::Uplink;", "configuration may not import"),
         ("config", "pub use crate::store::{self, WhenFull};", "`crate::store`: configuration"),
         ("pipeline", "use crate::agent;", "the way up may not import"),

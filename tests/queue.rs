@@ -64,6 +64,7 @@ fn the_queue_is_listed_and_exported_alike_with_and_without_an_agent_and_no_start
         retain: true,
         lane: Some("alarm".into()),
         text: None,
+        json: None,
         hex: Some("ff00".into()),
     })]);
     let shown = |agent: &Agent| {

@@ -236,6 +236,7 @@ fn hand_in(socket: &Path, topic: &str, payloads: Vec<String>) -> Result<(), Publ
             retain: false,
             lane: Some("alarm".into()),
             text: Some(payload),
+            json: None,
             hex: None,
         }))?;
     }

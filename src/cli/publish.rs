@@ -45,7 +45,7 @@ impl HandIn {
     pub(super) fn run(self) -> Result<(), Failure> {
         let socket = self.agent.socket()?;
         let HandIn { topic, qos, retain, lane, count, message, .. } = self;
-        let draft = Publish { topic, qos, retain, lane: Some(lane), text: None, hex: None };
+        let draft = Publish { topic, qos, retain, lane: Some(lane), text: None, json: None, hex: None };
         match message {
             Some(message) => {
                 hand_in(&socket, draft, io::Cursor::new(message), true, count, &mut io::stdout())
@@ -217,7 +217,8 @@ mod tests {
                 tokio::spawn(control::serve(control::bind(&path).expect("a free name"), sender));
                 ready.send(()).expect("somebody waits");
                 while let Some(Request { ask, reply }) = requests.recv().await {
-                    let Ask::Publish(message) = ask else { continue };
+                    let Ask::Publish(messages) = ask else { continue };
+                    let [message] = <[Message; 1]>::try_from(messages).expect("one at a time");
                     let answer = match message.payload == Payload::Whole("no".into()) {
                         true => Answer::Refused { reason: "the outbox is full".into() },
                         false => Answer::Accepted {},
@@ -239,6 +240,7 @@ mod tests {
                 retain: false,
                 lane: Some("bulk".into()),
                 text: None,
+                json: None,
                 hex: None,
             };
             let mut out = Vec::new();
@@ -301,7 +303,8 @@ mod tests {
     fn nobody_listening_is_told_with_the_place() {
         let agent = agent();
         let socket = agent.folder.path().join("other");
-        let draft = Publish { topic: "t".into(), qos: 1, retain: false, lane: None, text: None, hex: None };
+        let (topic, lane) = ("t".into(), None);
+        let draft = Publish { topic, qos: 1, retain: false, lane, text: None, json: None, hex: None };
         let outcome = hand_in(&socket, draft, io::empty(), true, false, &mut Vec::new());
         let reason = outcome.expect_err("nobody is there").to_string();
         assert!(reason.contains("no agent answers on") && reason.contains("other"), "{reason}");

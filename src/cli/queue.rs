@@ -176,6 +176,7 @@ impl End {
                         .map(|(.., count)| count)
                         .sum(),
                     limit_bytes: depth.limit_bytes,
+                    ..LaneQueue::default()
                 };
                 let lanes = Lane::ALL.into_iter().zip(&look.lanes).map(lane).collect();
                 Ok(Depth { lanes, dead_letters: look.dead_letters })

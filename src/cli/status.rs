@@ -349,7 +349,7 @@ pub(super) fn bytes(bytes: u64) -> String {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::control::wire::{LaneQueue, Line, MachineValue};
+    use crate::control::wire::{Commits, LaneQueue, Line, MachineValue, Process};
 
     fn lane(lane: &str, messages: u64, bytes: u64, oldest_age_ms: Option<u64>, in_flight: u64) -> LaneQueue {
         let (accepted, dropped, limit_bytes) = (messages, 0, 512 << 20);
@@ -362,12 +362,14 @@ pub(super) mod tests {
             accepted,
             dropped,
             limit_bytes,
+            ..LaneQueue::default()
         }
     }
 
     fn unit(name: &str, ok: bool, error: Option<&str>, polls: u64, errors: u64, last: Option<u64>) -> Unit {
         let last_error = error.map(String::from);
-        Unit { name: name.into(), ok, last_error, polls, errors, last_ok_age_ms: last }
+        let name = name.into();
+        Unit { name, ok, last_error, polls, errors, last_ok_age_ms: last, ..Unit::default() }
     }
 
     pub(in crate::cli) fn healthy() -> Status {
@@ -406,6 +408,9 @@ pub(super) mod tests {
                 epoch: 3,
                 accepting: true,
                 error: None,
+                database_bytes: 2_400_256,
+                log_bytes: 1_049_000,
+                commits: Commits::default(),
             },
             budget: None,
             lines: vec![Line {
@@ -419,6 +424,7 @@ pub(super) mod tests {
             }],
             machine: Vec::new(),
             counters: [("samples_read".to_owned(), 7200), ("possibly_lost".to_owned(), 0)].into(),
+            process: Process::default(),
         }
     }
 

@@ -69,6 +69,7 @@ pub(super) fn differences(old: &Config, new: &Config) -> Vec<Difference> {
         replay,
         budget,
         control,
+        http,
         commands,
         log,
         modbus: _,
@@ -82,6 +83,9 @@ pub(super) fn differences(old: &Config, new: &Config) -> Vec<Difference> {
     self::replay(&mut found, replay, &new.replay);
     self::budget(&mut found, budget.as_ref(), new.budget.as_ref());
     self::control(&mut found, control, &new.control);
+    if *http != new.http {
+        found.say("[http] another one", Needs::Restart);
+    }
     self::commands(&mut found, commands, &new.commands);
     let is_written = |points: &[Point]| points.iter().any(|point| point.writable.is_some());
     match (is_written(points), is_written(&new.points)) {

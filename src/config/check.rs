@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::place::{Place, Problem, Problems, Source};
-use super::raw::{self, BUDGET, COMMANDS, CONTROL, GATEWAY, LOG, REPLAY, ROOT, STORE, Value};
+use super::raw::{self, BUDGET, COMMANDS, CONTROL, GATEWAY, HTTP, LOG, REPLAY, ROOT, STORE, Value};
 use super::read::{Section, Walk};
 use super::value::{self, Complaint, Surroundings};
 use super::{Config, Control, Files, Gateway};
@@ -28,7 +28,7 @@ pub(super) const EVER: Duration = Duration::from_secs(3650 * 86_400);
 const HEALTH_INTERVAL: RangeInclusive<Duration> = Duration::from_secs(10)..=DAY;
 const DRAIN_TIMEOUT: RangeInclusive<Duration> = Duration::ZERO..=Duration::from_secs(600);
 /// `sun_path` holds 108 bytes with the final NUL (unix(7)).
-const SOCKET_PATH_BYTES_MAX: usize = 107;
+pub(super) const SOCKET_PATH_BYTES_MAX: usize = 107;
 
 pub(super) fn load(path: &Path) -> Result<Config, Problems> {
     let mut unreadable = Vec::new();
@@ -167,6 +167,9 @@ fn whole(walk: &mut Walk<'_>, root: &raw::Table) -> Config {
     let budget = is_metered.then(|| super::store::budget(walk, section));
     let section = walk.section(root, "control", &CONTROL, false);
     let control = control(walk, section, &store.path, store_place);
+    let is_served = root.table.get("http").is_some();
+    let section = walk.section(root, "http", &HTTP, false);
+    let http = is_served.then(|| super::http::http(walk, section));
     let section = walk.section(root, "commands", &COMMANDS, false);
     let commands = super::commands::commands(walk, section, &gateway.id, &gateway.base_topic);
     let section = walk.section(root, "log", &LOG, false);
@@ -182,6 +185,7 @@ fn whole(walk: &mut Walk<'_>, root: &raw::Table) -> Config {
         replay,
         budget,
         control,
+        http,
         commands,
         log,
         modbus,

@@ -69,6 +69,7 @@ pub(super) const ROOT: Keys = Keys {
         known("replay", "[replay]", &["backlog"]),
         known("budget", "[budget]", &["quota", "metered"]),
         key("control", "[control]"),
+        known("http", "[http]", &["web", "api", "metrics", "rest"]),
         known("commands", "[commands]", &["command"]),
         known("log", "[log]", &["logging", "logs"]),
         known("machine", "[machine]", &["health", "system", "host"]),
@@ -185,6 +186,19 @@ pub(super) const COMMIT_INTERVAL: Keys = Keys {
 pub(super) const CONTROL: Keys = Keys {
     header: "[control]",
     keys: &[known("socket", "socket = \"/run/fieldpost/control.sock\"", &["path"])],
+};
+
+/// `[http]`
+pub(super) const HTTP: Keys = Keys {
+    header: "[http]",
+    keys: &[
+        known("listen", "listen = \"127.0.0.1:8090\"", &["address", "bind", "port", "url"]),
+        known("token_file", "token_file = \"http.token\"", &["token", "password_file", "password", "bearer"]),
+        known("max_connections", "max_connections = 128", &["connections"]),
+        known("max_waiting", "max_waiting = 64", &["max_requests", "queue"]),
+        known("max_body", "max_body = \"256KiB\"", &["max_size", "body_limit"]),
+        known("read_timeout", "read_timeout = \"10s\"", &["timeout", "header_timeout"]),
+    ],
 };
 
 /// `[commands]`
@@ -345,6 +359,7 @@ pub(super) const TABLES: &[&Keys] = &[
     &BUDGET,
     &COMMIT_INTERVAL,
     &CONTROL,
+    &HTTP,
     &COMMANDS,
     &LOG,
     &MACHINE,

@@ -82,6 +82,9 @@ impl<'a> Walk<'a> {
             let complaint = match keys.nearest(&entry.key) {
                 Some(near) if near.name == "password_file" => complaint
                     .help("put the password into a file of its own and name that file: `password_file`"),
+                Some(near) if near.name == "token_file" => {
+                    complaint.help("put the token into a file of its own and name that file: `token_file`")
+                }
                 Some(near) => complaint.help(format!("did you mean `{}`?", near.name)),
                 None => match home_of(&entry.key) {
                     Some(home) => complaint.help(format!("`{}` belongs in {home}", entry.key)),

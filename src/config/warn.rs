@@ -1,7 +1,9 @@
-//! What a configuration asks for and a broker it names does not have, in words. Nothing here is a problem: the agent
-//! does what it can, counts it, and says so.
+//! What a configuration asks for and a broker it names does not have, in words, and what it gives away. Nothing here is
+//! a problem: the agent does what it can, counts it, and says so.
 
+use super::http::is_open;
 use super::{Broker, Config};
+use crate::http::Listen;
 use crate::message::Qos;
 use crate::policy::Reporting;
 
@@ -12,6 +14,14 @@ pub(super) fn warnings(config: &Config) -> Vec<String> {
     for broker in config.brokers() {
         let header = if several { format!("[[broker]] {}", broker.host) } else { "[broker]".to_owned() };
         warnings.extend(of(broker, &points).into_iter().map(|words| format!("{header} {words}")));
+    }
+    if let Some(Listen::Tcp(address)) = config.http.as_ref().map(|http| &http.listen)
+        && is_open(*address)
+    {
+        warnings.push(format!(
+            "[http] listen = \"{address}\": the token and the messages cross the network unencrypted; put a TLS proxy \
+             in front of it where others can listen"
+        ));
     }
     warnings
 }

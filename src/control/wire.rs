@@ -3,6 +3,7 @@
 //! ```text
 //! {"status":{}}                                              {"status":{...}}
 //! {"publish":{"topic":"a/b","qos":1,"text":"21.5"}}          {"accepted":{}}, once it is durable
+//! {"publish":{"topic":"a/b","json":{"rpm":1450}}}            the same; the message is {"rpm":1450}
 //! {"retained_clear":{"topic":"a/b"}}                         {"accepted":{}}
 //! {"queue":{"messages":{"lane":"normal","from":0,"limit":100}}}   {"messages":{"messages":[...],"next":101}}
 //! {"queue":{"dead_letters":{"after":0,"limit":100}}}         {"dead_letters":{"letters":[...]}}
@@ -19,6 +20,7 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 
 use crate::clock::Stamp;
 use crate::message::{Lane, Message, Payload, Qos, Topic};
@@ -103,13 +105,29 @@ pub struct Publish {
     /// `alarm`, `normal` (when missing) or `bulk`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lane: Option<String>,
-    /// The application message as text; exactly one of `text` and `hex`.
+    /// The application message as text; exactly one of `text`, `json` and `hex`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub text: Option<String>,
+    /// The application message as JSON: what is published are the bytes that stand here. `null` is no message.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub json: Option<Json>,
     /// The application message as hexadecimal digits, for bytes that are not text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hex: Option<String>,
 }
+
+/// A JSON value as it was written.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Json(Box<RawValue>);
+
+impl PartialEq for Json {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.get() == other.0.get()
+    }
+}
+
+impl Eq for Json {}
 
 fn one() -> u8 {
     1
@@ -287,6 +305,9 @@ pub struct Status {
     pub machine: Vec<MachineValue>,
     /// Every counter of [`crate::stats::Stats`], since the agent started.
     pub counters: BTreeMap<String, u64>,
+    /// The agent's process.
+    #[serde(default)]
+    pub process: Process,
 }
 
 /// The connection to the broker.
@@ -349,7 +370,7 @@ pub enum LinkState {
 }
 
 /// One lane of the queue.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct LaneQueue {
     /// `alarm`, `normal` or `bulk`.
     pub lane: String,
@@ -370,6 +391,18 @@ pub struct LaneQueue {
     /// Bytes it may hold: its own limit, or the quota of all lanes.
     #[serde(default)]
     pub limit_bytes: u64,
+    /// Messages accepted since the agent started.
+    #[serde(default)]
+    pub accepted_since_start: u64,
+    /// Messages whose last acknowledgement arrived since the agent started.
+    #[serde(default)]
+    pub delivered_since_start: u64,
+    /// Messages dropped, by reason, since the database was made.
+    #[serde(default)]
+    pub dropped_by_reason: BTreeMap<String, u64>,
+    /// Why a message would be refused as things are, in words; missing when it would be accepted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refusing: Option<String>,
 }
 
 /// The database.
@@ -390,6 +423,37 @@ pub struct Store {
     pub accepting: bool,
     /// Why not, in words.
     pub error: Option<String>,
+    /// Bytes of the database file.
+    #[serde(default)]
+    pub database_bytes: u64,
+    /// Bytes of its write-ahead log.
+    #[serde(default)]
+    pub log_bytes: u64,
+    /// How long commits took, since the agent started.
+    #[serde(default)]
+    pub commits: Commits,
+}
+
+/// How many commits took how long.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Commits {
+    /// How many there were.
+    pub number: u64,
+    /// All of them together.
+    pub total_us: u64,
+    /// For each duration in microseconds, how many took no longer.
+    pub up_to_us: Vec<(u64, u64)>,
+}
+
+/// What the kernel says about the agent's process; what it does not say is missing.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Process {
+    /// Memory it holds.
+    pub resident_bytes: Option<u64>,
+    /// Time its threads had a processor.
+    pub cpu_ms: u64,
+    /// Bytes it had written to disks.
+    pub written_bytes: Option<u64>,
 }
 
 /// One thing that the machine tells.
@@ -421,7 +485,7 @@ pub struct Line {
 }
 
 /// One unit of a line.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Unit {
     /// Its name.
     pub name: String,
@@ -433,6 +497,9 @@ pub struct Unit {
     pub polls: u64,
     /// How many of them failed.
     pub errors: u64,
+    /// The same by kind: `timeout`, `exception`, `bad_reply`, `not_a_number`, `line_down`.
+    #[serde(default)]
+    pub errors_by_kind: BTreeMap<String, u64>,
     /// How long ago the last good poll was; `None` when there was none.
     pub last_ok_age_ms: Option<u64>,
 }
@@ -449,9 +516,18 @@ pub(super) fn understand(line: &str, now: Stamp) -> Result<Ask, String> {
         Question::Reload {} => return Ok(Ask::Reload),
         Question::Publish(publish) => publish,
         Question::RetainedClear { topic } => {
-            Publish { topic, qos: 1, retain: true, lane: None, text: Some(String::new()), hex: None }
+            let text = Some(String::new());
+            Publish { topic, qos: 1, retain: true, lane: None, text, json: None, hex: None }
         }
     };
+    Ok(Ask::Publish(vec![message(publish, now)?]))
+}
+
+/// The checked message; `now` becomes its acquisition time.
+///
+/// # Errors
+/// What is wrong with it, in words for whoever wrote it.
+pub(crate) fn message(publish: Publish, now: Stamp) -> Result<Message, String> {
     let topic = Topic::new(&publish.topic).map_err(|error| error.to_string())?;
     let qos = Qos::from_number(publish.qos.into())
         .ok_or_else(|| format!("qos is 0, 1 or 2, not {}", publish.qos))?;
@@ -460,13 +536,16 @@ pub(super) fn understand(line: &str, now: Stamp) -> Result<Ask, String> {
         Some(name) => Lane::from_name(name)
             .ok_or_else(|| format!("there is no lane {name:?}; there are alarm, normal and bulk"))?,
     };
-    let payload = match (publish.text, publish.hex) {
-        (Some(text), None) => text.into_bytes(),
-        (None, Some(hex)) => from_hex(&hex).ok_or("hex is pairs of hexadecimal digits and nothing else")?,
-        _ => return Err("exactly one of text and hex is the message".to_owned()),
+    let payload = match (publish.text, publish.json, publish.hex) {
+        (Some(text), None, None) => text.into_bytes(),
+        (None, Some(json), None) => String::from(Box::<str>::from(json.0)).into_bytes(),
+        (None, None, Some(hex)) => {
+            from_hex(&hex).ok_or("hex is pairs of hexadecimal digits and nothing else")?
+        }
+        _ => return Err("exactly one of text, json and hex is the message".to_owned()),
     };
     let payload = Payload::Whole(payload.into());
-    Ok(Ask::Publish(Message {
+    Ok(Message {
         topic,
         qos,
         retain: publish.retain,
@@ -475,7 +554,7 @@ pub(super) fn understand(line: &str, now: Stamp) -> Result<Ask, String> {
         expires_after: None,
         correlation_data: None,
         payload,
-    }))
+    })
 }
 
 /// The bytes as hexadecimal digits.
@@ -502,7 +581,7 @@ mod tests {
 
     fn message(line: &str) -> Message {
         match understand(line, NOW) {
-            Ok(Ask::Publish(message)) => message,
+            Ok(Ask::Publish(mut messages)) => messages.remove(0),
             other => panic!("{line} should be a message, not {other:?}"),
         }
     }
@@ -518,6 +597,9 @@ mod tests {
             message(r#"{"publish":{"topic":"t","qos":2,"retain":true,"lane":"alarm","hex":"00FFa0"}}"#);
         assert_eq!((full.qos, full.retain, full.lane), (Qos::ExactlyOnce, true, Lane::Alarm));
         assert_eq!(full.payload, Payload::Whole(vec![0, 255, 160].into()));
+
+        let json = message(r#"{"publish":{"topic":"t","json": {"b": 1.50, "a":[ ]} }}"#);
+        assert_eq!(json.payload, Payload::Whole(r#"{"b": 1.50, "a":[ ]}"#.into()), "as it was written");
 
         let clear = message(r#"{"retained_clear":{"topic":"a/b"}}"#);
         assert_eq!((clear.retain, clear.qos), (true, Qos::AtLeastOnce));
@@ -538,8 +620,10 @@ mod tests {
             (r#"{"publish":{"topic":"a/+","text":""}}"#, "must not hold '+'"),
             (r#"{"publish":{"topic":"t","qos":3,"text":""}}"#, "qos is 0, 1 or 2, not 3"),
             (r#"{"publish":{"topic":"t","lane":"fast","text":""}}"#, "there is no lane \"fast\""),
-            (r#"{"publish":{"topic":"t"}}"#, "exactly one of text and hex"),
-            (r#"{"publish":{"topic":"t","text":"a","hex":"00"}}"#, "exactly one of text and hex"),
+            (r#"{"publish":{"topic":"t"}}"#, "exactly one of text, json and hex"),
+            (r#"{"publish":{"topic":"t","text":"a","hex":"00"}}"#, "exactly one of text, json and hex"),
+            (r#"{"publish":{"topic":"t","json":null}}"#, "exactly one of text, json and hex"),
+            (r#"{"publish":{"topic":"t","json":{]}}"#, "not a request"),
             (r#"{"publish":{"topic":"t","hex":"0"}}"#, "pairs of hexadecimal digits"),
             (r#"{"publish":{"topic":"t","hex":"0g"}}"#, "pairs of hexadecimal digits"),
             (r#"{"publish":{"topic":"t","hex":"é"}}"#, "pairs of hexadecimal digits"),

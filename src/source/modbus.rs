@@ -11,6 +11,7 @@ pub mod plan;
 pub mod register;
 pub mod silence;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -219,6 +220,10 @@ pub struct UnitStatus {
     pub polls: u64,
     /// How many of these polls had a bad sample.
     pub errors: u64,
+    /// The same by the kind of the first fault, as [`Fault::kind`] names it.
+    ///
+    /// [`Fault::kind`]: crate::point::Fault::kind
+    pub errors_by_kind: BTreeMap<&'static str, u64>,
     /// When it last gave a good sample.
     pub last_ok: Option<Stamp>,
 }

@@ -479,8 +479,15 @@ impl Database {
 
     /// What the queue may hold now.
     fn limits(&mut self, now: Stamp) -> Sql<Limits> {
+        self.look_at_disk(now);
+        self.known_limits()
+    }
+
+    /// The same, by what is known of the disk.
+    fn known_limits(&self) -> Sql<Limits> {
         let Settings { quota, when_full, min_free_disk: wanted, .. } = self.settings;
-        let disk_low = match self.look_at_disk(now).filter(|free| *free < wanted) {
+        let free = self.disk.looked_mono_ms.map(|_| self.disk.bytes);
+        let disk_low = match free.filter(|free| *free < wanted) {
             None => None,
             Some(free) => {
                 let spare = self.pragma("freelist_count")?.max(0) as u64 * PAGE_BYTES;
@@ -490,18 +497,15 @@ impl Database {
         Ok(Limits { quota, disk_low, when_full })
     }
 
-    /// Free bytes of the file system, at most [`LOOK_AT_DISK_MS`] old; `None` where nobody asked for a minimum, or
-    /// the system does not know.
-    fn look_at_disk(&mut self, now: Stamp) -> Option<u64> {
-        if self.settings.min_free_disk == 0 {
-            return None;
-        }
+    /// Asks for the free bytes of the file system, unless nobody wants a minimum or the answer is younger than
+    /// [`LOOK_AT_DISK_MS`]. Where the system does not know, nothing is known.
+    pub(super) fn look_at_disk(&mut self, now: Stamp) {
         let is_fresh = |looked: u64| now.mono_ms.saturating_sub(looked) < LOOK_AT_DISK_MS;
-        if !self.disk.looked_mono_ms.is_some_and(is_fresh) {
-            let bytes = free_bytes(&self.settings.path)?;
-            self.disk = FreeDisk { looked_mono_ms: Some(now.mono_ms), bytes };
+        if self.settings.min_free_disk == 0 || self.disk.looked_mono_ms.is_some_and(is_fresh) {
+            return;
         }
-        Some(self.disk.bytes)
+        let bytes = free_bytes(&self.settings.path);
+        self.disk = FreeDisk { looked_mono_ms: bytes.map(|_| now.mono_ms), bytes: bytes.unwrap_or(0) };
     }
 
     /// What was dropped since the gap was looked at stays open.
@@ -538,9 +542,12 @@ impl Database {
             dead_letters: self.db.query_row("SELECT count(*) FROM dead_letter", [], |row| row.get(0))?,
             inbox: self.inbox.recorded(),
             rows: self.session.rows(),
+            refusing: self.outbox.refusing(&self.known_limits()?),
             used_bytes: self.outbox.bytes(),
             quota: self.settings.quota,
             free_disk: free_bytes(&self.settings.path),
+            database_bytes: 0,
+            log_bytes: 0,
             budget: self.budget.as_ref().map(|budget| budget.look(now)),
             boot: self.boot.clone(),
             damage: None,

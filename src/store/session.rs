@@ -43,12 +43,21 @@ impl Row {
 pub struct Settled {
     /// Messages whose last acknowledgement was committed.
     pub delivered: u64,
+    /// The same by lane, in the order of [`Lane::ALL`].
+    pub delivered_by_lane: [u64; 3],
     /// Messages in the ambiguous state when the session was lost, published anew.
     pub possibly_doubled: u64,
     /// Messages in the ambiguous state when the session was lost, called delivered.
     pub possibly_lost: u64,
     /// Abandoned messages whose exchange ended.
     pub abandoned: u64,
+}
+
+impl Settled {
+    fn deliver(&mut self, lane: Lane) {
+        self.delivered += 1;
+        self.delivered_by_lane[lane as usize] += 1;
+    }
 }
 
 /// The rows of `inflight`, by owner and packet identifier.
@@ -282,11 +291,11 @@ impl SessionTable {
                     settled.abandoned += u64::from(row.state == RowState::Abandoned);
                     return Ok(());
                 }
-                settled.delivered += 1;
+                settled.deliver(row.lane);
                 outbox.finish(db, row.lane, row.seq)
             }
             Change::Acknowledged { lane, seq } => {
-                settled.delivered += 1;
+                settled.deliver(*lane);
                 outbox.finish(db, *lane, seq.0)
             }
             Change::Refused { id, lane, seq, hold, hold_ms, .. } => {

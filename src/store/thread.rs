@@ -538,6 +538,7 @@ impl Worker {
             Request::Look(reply) => {
                 self.count_link_bytes();
                 self.store.look_for_space(clock::now());
+                self.store.look_at_disk(clock::now());
                 let _gone = reply.send(self.store.look(clock::now()).map_err(Arc::new));
             }
             Request::Browse(ask, reply) => {
@@ -628,7 +629,7 @@ impl Worker {
         self.due = None;
         self.waiting_messages = 0;
         let (appends, replies): (Vec<_>, Vec<_>) = std::mem::take(&mut self.waiting).into_iter().unzip();
-        let counts: Vec<usize> = appends.iter().map(|append| append.messages.len()).collect();
+        let counts: Vec<[usize; 3]> = appends.iter().map(by_lane).collect();
         let changes = self.changes.take();
         let (steps, asked): (Vec<_>, Vec<_>) = std::mem::take(&mut self.steps).into_iter().unzip();
         if appends.is_empty() && changes.is_none() && steps.is_empty() && self.offer.is_none() {
@@ -641,8 +642,10 @@ impl Worker {
             steps,
             offer: self.offer.as_ref().map(|(_, offer)| offer.clone()),
         };
-        let began = std::time::Instant::now();
-        match self.store.commit(batch, clock::now()) {
+        let began = Instant::now();
+        let outcome = self.store.commit(batch, clock::now());
+        self.stats.commit_times.count(began.elapsed());
+        match outcome {
             Ok(mut committed) => {
                 self.stats.commits.increment();
                 self.stats.commit_us.add(began.elapsed().as_micros() as u64);
@@ -668,15 +671,22 @@ impl Worker {
         committed: Committed,
         changed: Option<u64>,
         replies: Vec<oneshot::Sender<Result<Accepted, NotAccepted>>>,
-        counts: &[usize],
+        counts: &[[usize; 3]],
     ) {
-        for ((reply, outcome), count) in replies.into_iter().zip(committed.appends).zip(counts) {
+        for ((reply, outcome), counts) in replies.into_iter().zip(committed.appends).zip(counts) {
+            let messages = counts.iter().sum();
             if outcome.is_ok() {
-                self.stats.messages_accepted.add(*count as u64);
+                self.stats.messages_accepted.add(messages as u64);
+                for (counter, count) in self.stats.accepted_by_lane.iter().zip(counts) {
+                    counter.add(*count as u64);
+                }
             }
-            let _gone = reply.send(outcome.map(|()| Accepted { messages: *count }));
+            let _gone = reply.send(outcome.map(|()| Accepted { messages }));
         }
         self.stats.messages_delivered.add(committed.settled.delivered);
+        for (counter, count) in self.stats.delivered_by_lane.iter().zip(committed.settled.delivered_by_lane) {
+            counter.add(count);
+        }
         self.stats.possibly_doubled.add(committed.settled.possibly_doubled);
         self.stats.possibly_lost.add(committed.settled.possibly_lost);
         self.stats.retain_cleared.add(committed.unretained.overtaken);
@@ -716,6 +726,15 @@ impl Worker {
             self.turned = None;
         }
     }
+}
+
+/// Messages of each lane, in the order of [`Lane::ALL`].
+fn by_lane(append: &Append) -> [usize; 3] {
+    let mut counts = [0; 3];
+    for message in &append.messages {
+        counts[message.lane as usize] += 1;
+    }
+    counts
 }
 
 enum Wake {

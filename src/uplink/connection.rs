@@ -20,12 +20,12 @@ use super::link::{self, ConnectError, Endpoint, Link, LinkError, Stream};
 use super::log::Log;
 use super::packet::{Connect, Limits, Packet, Protocol, ReasonCode, Will};
 use super::presence::{Announcement, Heard, Presence};
-use super::secret::{self, Unusable};
 use super::session::{self, Carry, Counted, Event, Session, SessionError};
 use super::tls;
 use crate::clock;
 use crate::message::{Message, Qos};
 use crate::progress::Pulse;
+use crate::secret::{self, Unusable};
 use crate::stats::Stats;
 use crate::store::{self, StoreError, Turn, Turned};
 

@@ -15,8 +15,8 @@ use rustls::{AlertDescription, CertificateError, ClientConfig, Error, RootCertSt
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
-use super::secret::{self, Unusable};
 use crate::clock;
+use crate::secret::{self, Unusable};
 use crate::uplink::link::Metered;
 
 /// Encrypted bytes rustls may hold unsent. Small, for the same reason as the kernel's limit in `link`: what

@@ -426,7 +426,7 @@ impl Drop for Agent {
 /// A message as the control socket takes it.
 pub fn publish(topic: &str, qos: u8, payload: &str) -> Publish {
     let (topic, text) = (topic.to_owned(), Some(payload.to_owned()));
-    Publish { topic, qos, retain: false, lane: None, text, hex: None }
+    Publish { topic, qos, retain: false, lane: None, text, json: None, hex: None }
 }
 
 /// Messages in all lanes that are not delivered to the end.

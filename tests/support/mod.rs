@@ -11,6 +11,7 @@ pub mod asker;
 pub mod broker;
 pub mod emulator;
 pub mod faults;
+pub mod http;
 pub mod mosquitto;
 pub mod plant;
 pub mod power;

@@ -582,6 +582,7 @@ impl Task {
         let mut ok = self.groups.iter().filter(|group| group.unit == due.unit).filter_map(|group| group.ok);
         let ok = ok.all(|ok| ok);
         let wrong = wrong(&self.groups[due.group].points, samples).filter(|_| was_asked);
+        let kind = wrong.map(|(_, fault)| fault.kind());
         let error = wrong.map(|(point, fault)| match point {
             None => fault.to_string(),
             Some(point) => format!("{point}: {fault}"),
@@ -608,6 +609,9 @@ impl Task {
             unit.ok = ok;
             unit.polls += u64::from(was_asked);
             unit.errors += u64::from(error.is_some());
+            if let Some(kind) = kind.filter(|_| was_asked) {
+                *unit.errors_by_kind.entry(kind).or_default() += 1;
+            }
             unit.last_ok = last_ok.or(unit.last_ok);
             unit.last_error = error.or(unit.last_error.take());
         });

@@ -14,6 +14,8 @@ use crate::store::segment::RECORDS_MAX;
 
 /// Bytes a record takes beside topic and payload, at most: flags, four numbers, checksum.
 const RECORD_OVERHEAD: u64 = 30;
+/// Bytes a small message takes, about, with a segment of its own.
+const SMALL_BYTES: u64 = 256;
 /// Segments one commit drops beyond the room it needs, at most.
 const TRIM_SEGMENTS_MAX: u64 = 1024;
 /// Bytes of segments one commit drops beyond the room it needs, at most.
@@ -36,6 +38,16 @@ impl Limits {
         match self.disk_low {
             Some(low) if low.room < self.quota => (low.room, DropReason::MinFreeDisk),
             _ => (self.quota, DropReason::Quota),
+        }
+    }
+
+    /// What is told to whom there is no room for, with so many bytes in use.
+    fn refusal(&self, used: u64) -> NotAccepted {
+        match (self.room(), self.disk_low) {
+            ((_, DropReason::MinFreeDisk), Some(DiskLow { free, wanted, .. })) => {
+                NotAccepted::DiskLow { free, wanted }
+            }
+            _ => NotAccepted::QuotaFull { quota: self.quota, used },
         }
     }
 }
@@ -126,13 +138,7 @@ impl Outbox {
                 fixed -= self.lane(lane).bytes.saturating_sub(self.pinned_bytes(db, lane)?);
             }
             if policy == WhenFull::RejectNew || fixed + need > fits {
-                let used = self.bytes();
-                return Ok(Err(match limits.disk_low {
-                    Some(DiskLow { free, wanted, .. }) if reason == DropReason::MinFreeDisk => {
-                        NotAccepted::DiskLow { free, wanted }
-                    }
-                    _ => NotAccepted::QuotaFull { quota: limits.quota, used },
-                }));
+                return Ok(Err(limits.refusal(self.bytes())));
             }
         }
         for (lane, excess, reason) in drops {
@@ -156,6 +162,26 @@ impl Outbox {
                     && max_bytes.is_none_or(|max| queue.bytes + need.bytes <= max))
         };
         self.bytes() + total(&needs) <= limits.room().0 && self.lanes.iter().zip(&needs).all(fits)
+    }
+
+    /// For each lane, why a small message would be refused as things are. Where older ones would make room for it, it
+    /// would not be, unless all of them are in flight, which passes.
+    pub(crate) fn refusing(&self, limits: &Limits) -> [Option<NotAccepted>; 3] {
+        let used = self.bytes();
+        let has_room = used + SMALL_BYTES <= limits.room().0;
+        Lane::ALL.map(|lane| {
+            let queue = &self.lanes[lane as usize];
+            let LaneLimits { max_messages, max_bytes, when_full, .. } = queue.limits;
+            if when_full.unwrap_or(limits.when_full) != WhenFull::RejectNew {
+                return None;
+            }
+            let full = |limit, max, used| NotAccepted::LaneFull { lane, limit, max, used };
+            let by_count = max_messages.filter(|max| queue.messages >= *max);
+            let by_count = by_count.map(|max| full("max_messages", max, queue.messages));
+            let by_bytes = max_bytes.filter(|max| queue.bytes + SMALL_BYTES > *max);
+            let by_bytes = by_bytes.map(|max| full("max_bytes", max, queue.bytes));
+            by_count.or(by_bytes).or_else(|| (!has_room).then(|| limits.refusal(used)))
+        })
     }
 
     /// Bytes the messages take, at most.
