@@ -8,7 +8,7 @@
 #                                                   fed, a time service that has not set the clock; it must fail
 #        tests/systemd.sh --controls [BINARY]       every control; succeeds when each fails where it must
 #
-# Exit status 0: everything holds; 1: something does not, or what is needed is missing, and that is said.
+# Exit status 0: everything holds; 1: something does not; 77: it could not be tried here, and why is said.
 # Needs root, and of Debian systemd-container and mmdebstrap, which it installs where they are missing. The container's
 # files (300 MB, made once) are kept in target/systemd-rootfs. What runs inside is tests/support_systemd/inside.sh.
 set -euo pipefail
@@ -24,16 +24,21 @@ fail() {
     echo "Bail out! $*"
     exit 1
 }
+# For a machine on which no container can be made.
+cannot() {
+    echo "Bail out! NOT RUN: $*"
+    exit 77
+}
 
 install_missing() {
     local missing=()
     command -v systemd-nspawn >/dev/null || missing+=(systemd-container)
     command -v mmdebstrap >/dev/null || missing+=(mmdebstrap)
     [ ${#missing[@]} = 0 ] && return
-    command -v apt-get >/dev/null || fail "missing: ${missing[*]} (names of Debian's packages)"
+    command -v apt-get >/dev/null || cannot "missing: ${missing[*]} (names of Debian's packages)"
     echo "# installing ${missing[*]}" >&2
     { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${missing[@]}"; } \
-        >&2 || fail "cannot install ${missing[*]}"
+        >&2 || cannot "${missing[*]} cannot be installed"
 }
 
 # A Debian with systemd and mosquitto. Its last step is the mark that it is complete.
@@ -42,7 +47,7 @@ make_root() {
     rm -rf "$root"
     mkdir -p "$(dirname "$root")"
     echo "# making $root, once" >&2
-    mmdebstrap --quiet --variant=minbase --include="$packages" "$suite" "$root" >&2 || fail "mmdebstrap could not make $root"
+    mmdebstrap --quiet --variant=minbase --include="$packages" "$suite" "$root" >&2 || cannot "mmdebstrap could not make $root"
     # Empty, so that systemd makes a new one with each boot.
     : >"$root/etc/machine-id"
     # mosquitto is started by the test.
@@ -83,7 +88,7 @@ run() {
     cat "$share/tap"
     if ! [ -s "$share/tap" ]; then
         sed 's/^/# /' "$share/boot" | tail -30
-        fail "systemd did not boot in a container here (systemd-nspawn: $status)"
+        cannot "systemd did not boot in a container here (systemd-nspawn: $status)"
     fi
     [ "$status" = 0 ]
 }
@@ -120,7 +125,7 @@ case ${1:-} in
 esac
 binary=${1:-${CARGO_TARGET_DIR:-target}/debug/fieldpost}
 [ -x "$binary" ] || fail "$binary is not there: cargo build"
-[ "$(id -u)" = 0 ] || fail "a container needs root"
+[ "$(id -u)" = 0 ] || cannot "a container needs root"
 install_missing
 make_root
 case $without in
