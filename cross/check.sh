@@ -84,7 +84,7 @@ controls() {
   for program in "$dist"/fieldpost-*; do
     case $program in *.json) continue ;; esac
     target=${program##*/fieldpost-}
-    (cat "$program" && echo "/root/.cargo/registry/src/index.crates.io/x.rs") > "$spoilt/path"
+    (cat "$program" && echo "/root/.cargo/registry/src/x/x.rs") > "$spoilt/path"
     refused "a path in $target" "$spoilt/path" "$target"
     refused "that $target is too large" "$program" "$target" 1000000
     sed 's/OMIT_JSON/0MIT_JS0N/g' "$program" > "$spoilt/sqlite"
